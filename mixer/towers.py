@@ -1,0 +1,120 @@
+"""One shared image encoder, two transformations: photos of shoppers and items part ways (Mixer, arXiv 2305.03972)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mixer.config import ModelConfig
+from mixer.embedder import TOKENIZER
+from mixer.encoders import TextEncoder, image_encoder
+from mixer.fusion import ConceptFusion
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+
+
+class Towers(nn.Module):
+    """What is trained when the encoders are frozen: from encoded patches and tokens to unit embeddings."""
+
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def __init__(self, config: ModelConfig, image_width: int, text_width: int) -> None:
+        super().__init__()
+        self.pooling = config.pooling
+        self.query_transform = nn.Linear(image_width, config.dim)
+        self.item_transform = nn.Linear(image_width, config.dim)
+        self.item_transform.load_state_dict(self.query_transform.state_dict())  # the domains part in training
+        self.fusion = ConceptFusion(
+            config.concepts, config.concept_dim, text_width, image_width, config.dim, config.heads
+        )
+        self.missing_patch = nn.Parameter(torch.zeros(image_width))
+        self.register_buffer("feature_mean", torch.zeros(image_width))
+        self.register_buffer("feature_std", torch.ones(image_width))
+
+    def pool(self, patches: Tensor) -> Tensor:
+        """Pool patches [n, patches, width] into [n, width]."""
+        return patches.mean(dim=1) if self.pooling == "mean" else patches[:, 0]
+
+    def query(self, pooled: Tensor) -> Tensor:
+        """Transform pooled query photos [n, width] into unit embeddings [n, dim]."""
+        return F.normalize(self.query_transform(self._standardised(pooled)), dim=-1)
+
+    def item(self, patches: Tensor, has_image: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
+        """Fuse items into unit embeddings [n, dim].
+
+        Args:
+            patches: [n, patches, image_width]; anything where `has_image` is False.
+            has_image: bool [n].
+            tokens: [n, tokens, text_width].
+            token_mask: [n, tokens]; all 0 where the text is missing.
+        """
+        missing = ~has_image[:, None]
+        patches = patches.masked_fill(missing[..., None], 0)  # whatever stood there must not reach a gradient
+        seen = torch.where(missing[..., None], self.missing_patch.expand_as(patches), self._standardised(patches))
+        image = self.item_transform(self._standardised(self.pool(patches))).masked_fill(missing, 0)
+        return F.normalize(self.fusion(image, seen, tokens, token_mask), dim=-1)
+
+    def fit_features(self, pooled: Tensor) -> None:
+        """Set mean and scale of the image features, [n, width], that the transformations take out."""
+        self.feature_mean.copy_(pooled.mean(dim=0))
+        # One scale for all: rare features must not become loud ones.
+        self.feature_std.fill_(float(pooled.var(dim=0, correction=0).mean().sqrt().clamp_min(1e-6)))
+
+    def _standardised(self, features: Tensor) -> Tensor:
+        return (features - self.feature_mean) / self.feature_std
+
+
+class MixerModel(nn.Module):
+    """The whole model: pixels and text to unit embeddings that queries and items share."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_encoder = image_encoder(config.image_encoder)
+        self.image_encoder.train_from(config.train_from_block)
+        self.text_encoder = TextEncoder(config.text_encoder, config.max_tokens)
+        self.towers = Towers(config, self.image_encoder.width, self.text_encoder.width)
+
+    def embed_queries(self, pixels: Tensor) -> Tensor:
+        """Embed query photos, uint8 [n, size, size, 3], into [n, dim]."""
+        return self.towers.query(self.towers.pool(self.image_encoder(pixels)))
+
+    def embed_items(self, pixels: Tensor, has_image: Tensor, token_ids: Tensor, token_mask: Tensor) -> Tensor:
+        """Embed items into [n, dim].
+
+        Args:
+            pixels: uint8 [n, size, size, 3]; anything where `has_image` is False.
+            has_image: bool [n].
+            token_ids: int64 [n, tokens].
+            token_mask: int64 [n, tokens]; all 0 where the text is missing.
+        """
+        tokens = self.text_encoder(token_ids, token_mask)
+        return self.towers.item(self.image_encoder(pixels), has_image, tokens, token_mask)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, model.safetensors and tokenizer/ into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG).write_text(self.config.model_dump_json(indent=1))
+        save_file({name: value.contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS)
+        self.text_encoder.tokenizer.save(folder / TOKENIZER)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> MixerModel:
+        """Read what `save_pretrained` wrote. Raises FileNotFoundError, and ValueError if the weights do not fit."""
+        folder = Path(folder)
+        model = cls(ModelConfig.model_validate(json.loads((folder / CONFIG).read_text())))
+        try:
+            model.load_state_dict(load_file(folder / WEIGHTS))
+        except (RuntimeError, SafetensorError) as error:
+            detail = str(error).splitlines()[-1].strip()
+            raise ValueError(f"{folder}: the weights do not fit {CONFIG}: {detail}") from error
+        return model.eval()

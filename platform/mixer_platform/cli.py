@@ -1,0 +1,64 @@
+"""What every job shares: arguments, one clear sentence on failure, and the report as the last line of stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import ray
+from ray.exceptions import RayError
+
+from mixer_platform.config import RunConfig, load_config
+from mixer_platform.errors import MixerError
+
+
+def main(job: Callable[[RunConfig], Mapping[str, Any]], description: str | None, on_ray: bool = True) -> RunConfig:
+    """Parse the command line, connect to Ray, run `job`, print its report as one JSON object; return the configuration.
+
+    Exit status: 0 done, 1 a MixerError, 2 a wrong configuration.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--config", required=True, help="YAML of the run, such as jobs/configs/demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.epochs=3")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        config = load_config(arguments.config, arguments.overrides)
+        if on_ray:
+            connect()
+        report = job(config)
+    except Exception as error:  # Ray wraps what its tasks and its trainers meet
+        cause = mixer_error_in(error)
+        if cause is None:
+            raise
+        fail(cause)
+    print(json.dumps(report), flush=True)
+    return config
+
+
+def connect() -> None:
+    """Join the Ray cluster of this machine or of RAY_ADDRESS; start one on this machine if there is none."""
+    if not ray.is_initialized():
+        ray.init(logging_level=logging.WARNING, log_to_driver=True)
+
+
+def fail(error: MixerError) -> NoReturn:
+    """Say what is wrong in one sentence and exit with the error's status."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_status)
+
+
+def mixer_error_in(error: BaseException | None) -> MixerError | None:
+    """Return the MixerError that a Ray error wraps, however deep, or None."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, MixerError) and not isinstance(error, RayError):  # Ray mixes both, and tells the traceback
+            return error
+        seen.add(id(error))
+        workers = list(getattr(error, "worker_failures", {}).values())  # Ray Train's
+        error = next(iter(workers), None) or getattr(error, "cause", None) or error.__cause__ or error.__context__
+    return None

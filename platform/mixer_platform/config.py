@@ -1,0 +1,173 @@
+"""One YAML a run, read into frozen pydantic models; `key=value` on the command line overrides it.
+
+A wrong key or value is a ConfigError of one sentence: key, file and what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mixer.config import ModelConfig
+from mixer.labeling import LabelingConfig
+from mixer_platform.errors import ConfigError
+from mixer_platform.simulate.config import SimulateConfig
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class PrepareConfig(Section):
+    labeling: LabelingConfig = LabelingConfig()
+    min_side: int = Field(16, ge=1, description="pictures with a shorter side (pixels) are quarantined")
+    partitions: int = Field(4, ge=1, description="partitions of a shuffle; about one per 64 MB of logs")
+
+
+class TrainConfig(Section):
+    samples: str = Field("latest", description="version of samples/ to learn from")
+    workers: int = Field(2, ge=1)
+    cpus_per_worker: float = Field(0.5, gt=0, description="leave whole CPUs to Ray Data, or feeding waits for ever")
+    gpus_per_worker: float = Field(0, ge=0)
+    epochs: int = Field(15, ge=1)
+    batch_size: int = Field(256, ge=1, description="samples a step, over all workers")
+    neighbours: int = Field(10, ge=0, description="visual neighbours asked whether a label is right; 0: none are")
+    views: int = Field(1, ge=1, description="augmented views of a picture, cached when the encoder is frozen")
+    tower_lr: float = Field(1e-3, gt=0)
+    classifier_lr: float = Field(1e-2, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of all steps over which learning rates rise")
+    margin: float = Field(0.3, ge=0, lt=1, description="subtracted from the cosine of the right class")
+    scale: float = Field(32.0, gt=0, description="cosines are multiplied by it before the softmax")
+    text_dropout: float = Field(0.2, ge=0, lt=1, description="share of item samples trained without their text")
+    image_dropout: float = Field(0.1, ge=0, lt=1, description="share of item samples trained without their picture")
+    zero_stage: Literal[0, 1, 2] = Field(0, description="3 would cut the towers, which are small")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: the towers compute in it; weights stay fp32")
+    holdout: float = Field(0.05, ge=0, lt=0.5, description="share of query samples kept out to follow recall")
+    max_failures: int = Field(2, ge=0, description="how often Ray Train restarts the workers before it gives up")
+    seed: int = 0
+
+
+class IndexConfig(Section):
+    model: str = Field("latest", description="version of models/ to embed with")
+    shards: int = Field(2, ge=1)
+    factory: str = Field("auto", description="FAISS factory string; auto: Flat, or IVF from 100,000 items")
+    nprobe: int = Field(16, ge=1, description="lists visited a query, if the index is an IVF")
+    recall_queries: int = Field(200, ge=1, description="queries on which recall@10 is measured against exact search")
+    embedders: int = Field(1, ge=1, description="actors that embed items")
+    batch_size: int = Field(32, ge=1)
+
+
+class EvaluateConfig(Section):
+    ks: tuple[int, ...] = (1, 5, 10)
+    baseline: bool = Field(True, description="measure the untrained image encoder too")
+    contact_sheet: int = Field(8, ge=0, description="queries on the contact sheet")
+    seed: int = 0
+
+
+class ReplicasConfig(Section):
+    """Autoscaling of one deployment."""
+
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(4, ge=1)
+    target_ongoing_requests: float = Field(4, gt=0)
+    cpus: float = Field(0.2, gt=0)
+
+
+class ServeConfig(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535, description="0: any free port")
+    index: str = Field("current", description="version of index/ to serve; current: what index/CURRENT names")
+    model: str = Field("index", description="version of models/ for queries; index: the one that built the index")
+    ingress: ReplicasConfig = ReplicasConfig()
+    encoder: ReplicasConfig = ReplicasConfig()
+    shard: ReplicasConfig = ReplicasConfig()
+    encoder_threads: int = Field(1, ge=1)
+    max_batch: int = Field(16, ge=1, description="photos encoded together")
+    batch_wait_ms: float = Field(2, ge=0)
+    max_k: int = Field(1000, ge=1)
+    max_photos: int = Field(64, ge=1, description="photos in one batch request")
+    max_body_mb: float = Field(10, gt=0)
+    max_queued: int = Field(256, ge=1, description="requests waiting before new ones get 503")
+    keep_up: bool = Field(True, description="stay until interrupted, then stop serving; false: leave it to the cluster")
+
+
+class RunConfig(Section):
+    """Everything a run needs: where the data and the workspace are, and a section a stage."""
+
+    data: str = Field(description="folder or s3:// prefix with items, queries and logs")
+    workspace: str = Field(description="folder or s3://bucket/prefix for everything derived")
+    truth: str | None = Field(None, description="Parquet or JSONL with query_id, image, relevant_item_ids")
+    prepare: PrepareConfig = PrepareConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    index: IndexConfig = IndexConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    serve: ServeConfig = ServeConfig()
+    simulate: SimulateConfig = SimulateConfig()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the YAML at `path`, apply `key=value` overrides (dotted keys, YAML values) and validate.
+
+    Raises ConfigError.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; name a configuration with --config") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(tree).__name__}")
+    tree = {key: value for key, value in tree.items() if value is not None}  # an empty section is its defaults
+    overridden = {_override(tree, text) for text in overrides}
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_sentence(error, str(path), overridden)) from error
+
+
+def _override(tree: dict[str, Any], text: str) -> str:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"command line: {text!r} is not key=value, such as train.epochs=3")
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"command line: {key}: {parent} is a value, not a section")
+    try:
+        tree[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"command line: {key}: {value!r} is not a YAML value") from error
+    return key
+
+
+def _sentence(error: ValidationError, path: str, overridden: set[str]) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    place = "command line" if key in overridden else path
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+        return f"{place}: {key}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{place}: {key}: missing; give it in the file or as {key}=VALUE"
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{place}: {key}: expected {expected}, found {first['input']!r}"
+
+
+def _known_keys(section: tuple[int | str, ...]) -> list[str]:
+    model: Any = RunConfig
+    for part in section:
+        model = model.model_fields[part].annotation
+    return sorted(model.model_fields)

@@ -1,0 +1,153 @@
+"""Run every stage as its own job, ask the service real questions, and show what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import signal
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from mixer_platform.cli import fail
+from mixer_platform.config import RunConfig, load_config
+from mixer_platform.demo.cluster import ROOT, LocalCluster, processes
+from mixer_platform.demo.memory import PeakMemory
+from mixer_platform.errors import MixerError
+from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
+from mixer_platform.simulate.emoji import fetch
+from mixer_platform.storage import resolve_uri
+
+CONFIG = "jobs/configs/demo.yaml"
+DRAWINGS = ROOT / ".cache" / "drawings"
+_SHOWN_ROWS, _SHOWN_ITEMS = 8, 5
+
+
+def main(description: str | None) -> None:
+    """Parse the command line and run the demo; its last line is one JSON object. Exit status 1 if a stage fails."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", help="a folder with items, queries, logs and val; default: the emoji marketplace")
+    parser.add_argument("--workspace", help="where everything derived goes; default: workspace/NAME")
+    parser.add_argument("--setup-seconds", type=float, default=0.0, help="what the set-up before this took")
+    parser.add_argument("--queries", type=int, default=100, help="photos to ask the service")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave the contexts, and with them end Ray
+    try:
+        print(json.dumps(demo(arguments)), flush=True)
+    except MixerError as error:
+        fail(error)
+
+
+def demo(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run simulate (without data of your own), prepare, train, index, evaluate and serve; return the figures."""
+    name = Path(arguments.data).resolve().name if arguments.data else "emoji"
+    workspace = Path(arguments.workspace or ROOT / "workspace" / name).resolve()
+    data = Path(arguments.data).resolve() if arguments.data else workspace / "data"
+    config = load_config(ROOT / CONFIG, [f"data={data}", f"workspace={workspace}", *arguments.overrides])
+    setup_seconds = arguments.setup_seconds
+    if not arguments.data:
+        began = time.monotonic()
+        fetch(DRAWINGS)
+        setup_seconds += time.monotonic() - began
+
+    common = ["--config", CONFIG, f"data={data}", f"workspace={workspace}", *arguments.overrides]
+    started = time.monotonic()
+    reports: dict[str, dict[str, Any]] = {}
+    seconds: dict[str, float] = {}
+    cluster = LocalCluster(workspace / "logs")
+    with PeakMemory(partial(processes, cluster.mark)) as memory:
+        with cluster:
+            seconds["start Ray"] = time.monotonic() - started
+            stages = ["prepare", "train", "index", "evaluate", "serve"]
+            for stage in stages if arguments.data else ["simulate", *stages]:
+                began = time.monotonic()
+                more = ["serve.port=0", "serve.keep_up=false"] if stage == "serve" else []
+                reports[stage] = cluster.submit(stage, [*common, *more])
+                seconds[stage] = time.monotonic() - began
+            began = time.monotonic()
+            questions = read_questions(config, arguments.queries)
+            replies, latencies = ask(reports["serve"]["url"], questions)
+            seconds["query"] = time.monotonic() - began
+        job_seconds = time.monotonic() - started
+    sheet = workspace / "contact_sheet.png"
+    sheet.write_bytes(draw_sheet(sheet_rows(questions[:_SHOWN_ROWS], replies[:_SHOWN_ROWS])))
+
+    trained, p50 = reports["evaluate"], float(np.median(latencies))
+    print(table(trained, seconds, reports, p50, len(questions)))
+    print(f"\ncontact sheet: {sheet}")
+    print(f"keep it up:    {command_to_serve(data, workspace)}\n")
+    return {
+        "untrained_r1": trained["untrained"]["r1"],
+        **{f"trained_r{k}": trained[f"r{k}"] for k in (1, 5, 10)},
+        "seconds": round(job_seconds, 1),
+        "setup_seconds": round(setup_seconds, 1),
+        "peak_gib": round(memory.gib, 2),
+        "query_p50_ms": round(p50, 1),
+        "queries": trained["queries"],
+        "items": trained["items"],
+        "workspace": str(workspace),
+    }
+
+
+def read_questions(config: RunConfig, count: int) -> list[dict[str, Any]]:
+    """Return some of the photos with known answers, spread over all of them."""
+    rows = pq.read_table(Path(config.data) / "val.parquet").to_pylist()
+    step = max(1, len(rows) // count)
+    return [{**row, "image": resolve_uri(row["image"], config.data)} for row in rows[::step][:count]]
+
+
+def ask(url: str, questions: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float]]:
+    """Search for every photo over HTTP, one after the other; return the replies and the milliseconds of each."""
+    replies, latencies = [], []
+    for question in [questions[0], *questions]:  # the first warms up
+        body = json.dumps({"image": base64.b64encode(Path(question["image"]).read_bytes()).decode(), "k": _SHOWN_ITEMS})
+        request = urllib.request.Request(f"{url}/v1/search", body.encode(), {"Content-Type": "application/json"})
+        began = time.perf_counter()
+        with urllib.request.urlopen(request, timeout=60) as response:
+            replies.append(json.load(response))
+        latencies.append(1000 * (time.perf_counter() - began))
+    return replies[1:], latencies[1:]
+
+
+def sheet_rows(questions: Sequence[dict], replies: Sequence[dict]) -> list[tuple[str, list[Found]]]:
+    """Return the rows of the contact sheet: what the service replied, judged by what is known."""
+    rows = []
+    for question, reply in zip(questions, replies, strict=True):
+        relevant = set(question["relevant_item_ids"])
+        found = [
+            Found(item["attributes"].get("image"), item["title"] or item["id"], item["score"], item["id"] in relevant)
+            for item in reply["items"]
+        ]
+        rows.append((question["image"], found))
+    return rows
+
+
+def table(
+    trained: dict[str, Any], seconds: dict[str, float], reports: dict[str, dict], p50: float, queries: int
+) -> str:
+    """Return the demo's one table: quality, seconds a stage, latency."""
+    untrained = trained["untrained"]
+    lines = ["", f"{'':24}{'untrained':>12}{'trained':>12}"]
+    lines += [f"{f'R@{k}':24}{untrained[f'r{k}']:12.3f}{trained[f'r{k}']:12.3f}" for k in (1, 5, 10)]
+    lines += [f"{'photos / items':24}{trained['queries']:12,}{trained['items']:12,}", ""]
+    for stage, spent in seconds.items():
+        reused = "   (was there already)" if reports.get(stage, {}).get("reused") else ""
+        lines.append(f"{stage:24}{spent:10.1f} s{reused}")
+    lines.append(f"{'a query, p50 of ' + str(queries):24}{p50:9.1f} ms")
+    return "\n".join(lines)
+
+
+def command_to_serve(data: Path, workspace: Path) -> str:
+    """Return the command that serves the demo's index until it is interrupted."""
+    python = Path(sys.executable)
+    shown = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
+    return f"{shown} jobs/serve.py --config {CONFIG} data={data} workspace={workspace}"

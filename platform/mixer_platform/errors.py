@@ -1,0 +1,29 @@
+"""Errors a person can act on: one sentence that names the thing, the place and the mend."""
+
+
+class MixerError(Exception):
+    """A job cannot go on; the message says what, where and how to mend it. Jobs exit with `exit_status`."""
+
+    exit_status = 1
+
+
+class ConfigError(MixerError):
+    """A wrong key or value in a configuration."""
+
+    exit_status = 2
+
+
+class InputError(MixerError):
+    """The input contract is broken: a missing folder, file or column, or a file that cannot be read."""
+
+
+class StorageError(MixerError):
+    """A workspace that cannot be read or written: no such bucket, no permission, no such key."""
+
+
+class ConflictError(StorageError):
+    """Somebody else published first; what they published is in use and untouched."""
+
+
+class VersionError(MixerError):
+    """Two derived things do not belong together, such as an index and a model that did not write it."""

@@ -1,0 +1,189 @@
+"""The evaluate job: the published index, asked with photos whose answers are known."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+
+from mixer.config import ModelConfig
+from mixer.metrics import hit_at_k, macro, ndcg_at_k, relevance
+from mixer_platform import versions
+from mixer_platform.config import RunConfig
+from mixer_platform.errors import InputError
+from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
+from mixer_platform.evaluate.embed import PhotoWorker, export_untrained
+from mixer_platform.gallery import MISSING, IndexManifest, Shard, merge_top_k, read_manifest
+from mixer_platform.inputs import REASON, InputFiles, find_file, find_input, read_input
+from mixer_platform.schema import ITEMS, TRUTH, Table
+from mixer_platform.storage import Storage, open_storage
+
+KIND = "reports"
+_NDCG_K = 10
+
+
+def evaluate(config: RunConfig) -> dict[str, Any]:
+    """Ask the published index every truth photo; write `reports/<version>.json` and `.png`; return the report.
+
+    The untrained encoder answers the same photos over the same gallery: features pooled, centred, cosine.
+    Raises InputError for a truth that cannot be used, VersionError if the index belongs to another model.
+    """
+    started = time.monotonic()
+    storage = open_storage(config.workspace)
+    index = read_manifest(storage)
+    model = versions.require(storage, "models", index.model)
+    truth = find_truth(config)
+    version = versions.fingerprint(index.version, truth.storage.uri, truth.tags, config.evaluate.model_dump())
+    if storage.tag(f"{KIND}/{version}.json"):
+        return {**versions.read_json(storage, f"{KIND}/{version}.json"), "reused": True}
+
+    architecture = ModelConfig.model_validate(versions.read_json(storage, f"models/{index.model}/config.json"))
+    encoder = export_untrained(storage, architecture) if config.evaluate.baseline else None
+    photos = _photos(truth, storage, index.model, encoder, architecture, config)
+    asked = photos.filter(pc.is_valid(photos["query"]))
+    if not len(asked):
+        raise InputError(f"{truth.storage.uri}/{', '.join(truth.tags)}: no photo can be read; nothing to evaluate")
+    relevant = [set(ids) for ids in asked["relevant_item_ids"].to_pylist()]
+    depth = max(*config.evaluate.ks, _NDCG_K)
+    results = search_index(storage, index, _vectors(asked["query"]), depth)
+    figures = measure([[item["item_id"] for item in found] for found in results], relevant, config.evaluate.ks)
+    report: dict[str, Any] = {
+        **figures,
+        "queries": len(asked),
+        "unreadable_photos": len(photos) - len(asked),
+        "items": index.items,
+        "index": index.version,
+        "model": index.model,
+        "samples": model["samples"],
+    }
+    if encoder:
+        ranked = _untrained_ranking(asked, storage, encoder, architecture, config, depth)
+        report["untrained"] = measure(ranked, relevant, config.evaluate.ks)
+    report |= {
+        "version": version,
+        "command": " ".join(sys.argv),
+        "commit": _commit(),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
+        "seed": config.evaluate.seed,
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    storage.write(f"{KIND}/{version}.png", _sheet(asked, results, relevant, config))
+    storage.publish(f"{KIND}/{version}.json", versions.to_json(report), replaces=None)
+    return report
+
+
+def find_truth(config: RunConfig) -> InputFiles:
+    """Return the truth: the file `truth=` names, else `val` beside the input tables."""
+    if config.truth:
+        return find_file(config.truth, TRUTH)
+    return find_input(config.data, Table("val", TRUTH.required))
+
+
+def search_index(storage: Storage, index: IndexManifest, queries: np.ndarray, k: int) -> list[list[dict[str, Any]]]:
+    """Return the k best items of each query, best first: their display columns and `score`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = versions.fetch(storage, f"index/{index.version}", scratch)
+        shards = [Shard(folder, entry, index.search, threads=os.cpu_count() or 1) for entry in index.shards]
+    scores, ids = merge_top_k([shard.search(queries, k) for shard in shards], k)
+    shown: dict[int, dict[str, Any]] = {}
+    for shard in shards:
+        mine = np.unique(ids[shard.holds(ids)])
+        shown |= dict(zip(mine.tolist(), shard.items(mine), strict=True))
+    return [
+        [{**shown[identity], "score": score} for score, identity in zip(*row, strict=True) if identity != MISSING]
+        for row in zip(scores.tolist(), ids.tolist(), strict=True)
+    ]
+
+
+def measure(ranked: list[list[str]], relevant: list[set[str]], ks: tuple[int, ...]) -> dict[str, float]:
+    """Return r1, r5, ... (share of queries with a relevant item among the first k), macro_r1 and ndcg_10."""
+    hits = relevance(ranked, relevant)
+    figures = {f"r{k}": float(hit_at_k(hits, k).mean()) for k in ks}
+    figures["macro_r1"] = macro(hit_at_k(hits, 1), relevant)
+    figures[f"ndcg_{_NDCG_K}"] = float(ndcg_at_k(hits, relevant, _NDCG_K).mean())
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def _photos(
+    files: InputFiles,
+    storage: Storage,
+    model: str | None,
+    encoder: str | None,
+    architecture: ModelConfig,
+    config: RunConfig,
+) -> pa.Table:
+    """Return the sound rows of an input, embedded, in order of their first column."""
+    rows = (
+        read_input(files)
+        .repartition(2 * config.index.embedders)
+        .map_batches(
+            PhotoWorker,
+            fn_constructor_args=(storage.uri, model, encoder, architecture.pooling),
+            batch_format="pyarrow",
+            batch_size=config.index.batch_size,
+            num_cpus=0.5,
+            compute=ray.data.ActorPoolStrategy(size=config.index.embedders),
+        )
+    )
+    key = files.table.columns.names[0]
+    wanted = [name for name in (key, "image", "relevant_item_ids", REASON, "query", "untrained")]
+    parts = [
+        batch.select([name for name in wanted if name in batch.column_names])
+        for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow")
+        if batch.num_columns
+    ]
+    if not parts:
+        raise InputError(f"{files.storage.uri}/{', '.join(files.tags)}: no rows")
+    whole = pa.concat_tables(parts, promote_options="permissive")
+    return whole.filter(pc.is_null(whole[REASON])).sort_by(key)
+
+
+def _untrained_ranking(
+    asked: pa.Table, storage: Storage, encoder: str, architecture: ModelConfig, config: RunConfig, depth: int
+) -> list[list[str]]:
+    items = _photos(find_input(config.data, ITEMS), storage, None, encoder, architecture, config)
+    items = items.filter(pc.is_valid(items["untrained"]))
+    gallery, photos = _vectors(items["untrained"]), _vectors(asked["untrained"])
+    centre = gallery.mean(axis=0)
+    gallery, photos = (_unit(features - centre) for features in (gallery, photos))
+    item_ids = np.array(items["item_id"].to_pylist())
+    best = np.argsort(-(photos @ gallery.T), axis=1, kind="stable")[:, :depth]
+    return item_ids[best].tolist()
+
+
+def _sheet(asked: pa.Table, results: list, relevant: list[set[str]], config: RunConfig) -> bytes:
+    rng = np.random.default_rng(config.evaluate.seed)
+    chosen = np.sort(rng.permutation(len(asked))[: config.evaluate.contact_sheet])
+    photos = asked["image"].to_pylist()
+    return draw_sheet([(photos[row], found_items(results[row][:5], relevant[row])) for row in chosen.tolist()])
+
+
+def found_items(items: list[dict[str, Any]], relevant: set[str]) -> list[Found]:
+    """Return what a contact sheet shows of search results, given what is right."""
+    return [
+        Found(item.get("image"), item.get("title") or item["item_id"], item["score"], item["item_id"] in relevant)
+        for item in items
+    ]
+
+
+def _vectors(column: pa.ChunkedArray) -> np.ndarray:
+    column = column.combine_chunks()
+    return np.asarray(column.flatten(), np.float32).reshape(len(column), -1)
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def _commit() -> str | None:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None

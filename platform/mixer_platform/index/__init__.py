@@ -1,0 +1,1 @@
+"""Index: re-embed the catalogue, build FAISS shards, measure their recall, publish."""

@@ -1,0 +1,184 @@
+"""Read an input table with Ray Data, conformed to the contract, broken rows marked and never dropped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+
+from mixer_platform.errors import InputError
+from mixer_platform.schema import Table, broken_rows, check_schema, conform
+from mixer_platform.storage import LocalStorage, Storage, open_storage, resolve_uri
+
+REASON = "reason"
+RAW = "raw"
+_ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
+
+
+@dataclass(frozen=True)
+class InputFiles:
+    """The files of one input table, their common ending, and tags that change when they do."""
+
+    table: Table
+    storage: Storage
+    tags: dict[str, str]
+    ending: str
+
+    @property
+    def paths(self) -> list[str]:
+        return [self.storage.path(key) for key in self.tags]
+
+    @property
+    def pictures_root(self) -> str:
+        """What relative picture paths are relative to: the parent of the file or folder."""
+        return self.storage.uri
+
+
+def find_input(data: str, table: Table) -> InputFiles:
+    """Find `data/NAME.parquet|.jsonl[.gz]` or the files of `data/NAME/`. Raises InputError if there are none."""
+    storage = _open_data(data)
+    single = {
+        f"{table.name}{ending}": tag for ending in _ENDINGS if (tag := storage.tag(f"{table.name}{ending}")) is not None
+    }
+    tags = single or {key: tag for key, tag in storage.list(table.name).items() if key.endswith(_ENDINGS)}
+    return _checked(table, storage, tags, f"{data}/{table.name}")
+
+
+def find_file(path: str, table: Table) -> InputFiles:
+    """Take one named file as the input `table`. Raises InputError if it is not there."""
+    root, _, name = path.rpartition("/")
+    storage = _open_data(root or ".")
+    tag = storage.tag(name)
+    return _checked(table, storage, {name: tag} if tag else {}, path)
+
+
+def read_input(files: InputFiles) -> ray.data.Dataset:
+    """Return the rows with the contract's columns plus `reason` (null: sound) and `raw` (JSON of a broken row).
+
+    The picture column `image`, where the table has one, is resolved to an absolute URI.
+    """
+    if files.ending == ".parquet":
+        rows = ray.data.read_parquet(files.paths, filesystem=files.storage.filesystem, partitioning=None)
+        to_table = None
+    else:
+        rows = ray.data.read_text(
+            files.paths, filesystem=files.storage.filesystem, include_paths=True, drop_empty_lines=True
+        )
+        to_table = partial(_parse_lines, table=files.table)
+    mark = partial(mark_rows, table=files.table, root=files.pictures_root, to_table=to_table)
+    return rows.map_batches(mark, batch_format="pyarrow", batch_size=None)
+
+
+def mark_rows(batch: pa.Table, table: Table, root: str, to_table=None) -> pa.Table:  # type: ignore[no-untyped-def]
+    """Conform a batch and say of each row why it is broken, keeping the row as it came (pure)."""
+    lines = None
+    if to_table is not None:
+        batch, lines = to_table(batch)
+    sound = conform(batch, table)
+    reasons = broken_rows(sound, table)
+    if lines is not None:
+        reasons = pc.coalesce(lines[REASON], reasons)
+    raw = [
+        (lines[RAW][row].as_py() if lines is not None else _row_as_json(batch, row)) if reason else None
+        for row, reason in enumerate(reasons.to_pylist())
+    ]
+    if "image" in sound.column_names:
+        column = sound.column_names.index("image")
+        uris = [resolve_uri(uri, root) if uri else None for uri in sound["image"].to_pylist()]
+        sound = sound.set_column(column, "image", pa.array(uris, pa.string()))
+    return sound.append_column(REASON, reasons).append_column(RAW, pa.array(raw, pa.string()))
+
+
+def _row_as_json(batch: pa.Table, row: int) -> str:
+    return json.dumps(batch.slice(row, 1).to_pylist()[0], default=str)
+
+
+def _parse_lines(batch: pa.Table, table: Table) -> tuple[pa.Table, pa.Table]:
+    """Parse JSON lines into columns; return them beside the lines as they came and what is wrong with each."""
+    lines = batch["text"].to_pylist()
+    rows = [_json_object(line) for line in lines]
+    reasons = [None if row is not None else "not a JSON object" for row in rows]
+    names = dict.fromkeys(table.columns.names)
+    if table.keep_others:
+        names |= dict.fromkeys(name for row in rows for name in row or ())
+    columns = {}
+    for name in names:
+        values = [(row or {}).get(name) for row in rows]
+        if name not in table.columns.names:  # an attribute: one type over all rows and files
+            texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+            columns[name] = pa.array(texts, pa.string())
+            continue
+        wanted = table.columns.field(name).type
+        fitting = [value is None or _fits(value, wanted) for value in values]
+        reasons = [
+            reason if reason or fits else f"{name} is not of type {wanted}"
+            for reason, fits in zip(reasons, fitting, strict=True)
+        ]
+        columns[name] = _json_column(
+            [value if fits else None for value, fits in zip(values, fitting, strict=True)], wanted
+        )
+    return pa.table(columns), pa.table({REASON: pa.array(reasons, pa.string()), RAW: pa.array(lines, pa.string())})
+
+
+def _json_object(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _json_column(values: list[Any], wanted: pa.DataType) -> pa.Array:
+    if not pa.types.is_integer(wanted):
+        return pa.array(values, wanted)
+    if any(isinstance(value, float) for value in values):
+        return pa.array([value if value is None else float(value) for value in values], pa.float64())
+    return pa.array(values, pa.int64())
+
+
+def _fits(value: Any, wanted: pa.DataType) -> bool:
+    if pa.types.is_string(wanted):
+        return isinstance(value, str)
+    if pa.types.is_list(wanted):
+        return isinstance(value, list) and all(isinstance(part, str) for part in value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _open_data(data: str) -> Storage:
+    storage = open_storage(data)
+    if isinstance(storage, LocalStorage) and not storage.root.is_dir():
+        raise InputError(f"{data}: no such folder; data= names the folder that holds items, queries and logs")
+    return storage
+
+
+def _checked(table: Table, storage: Storage, tags: dict[str, str], address: str) -> InputFiles:
+    endings = sorted({next(end for end in reversed(_ENDINGS) if key.endswith(end)) for key in tags})
+    if not endings:
+        raise InputError(f"{address}: not found; expected {table.name}.parquet, .jsonl, .jsonl.gz or a folder of such")
+    if len(endings) > 1:
+        raise InputError(f"{address}: mixes {' and '.join(endings)}; keep one kind of file a table")
+    files = InputFiles(table, storage, tags, endings[0])
+    if endings[0] == ".parquet":
+        for key in tags:
+            _check_parquet(files, key)
+    return files
+
+
+def _check_parquet(files: InputFiles, key: str) -> None:
+    """Read the footer of one file, so that a broken one is named before any work starts."""
+    source = f"{files.storage.uri}/{key}"
+    try:
+        footer = pq.read_schema(files.storage.path(key), filesystem=files.storage.filesystem)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"{source}: not a whole Parquet file ({_first_line(error)}); write it again") from error
+    check_schema(footer, files.table, source)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

@@ -1,0 +1,228 @@
+"""The prepare job: Ray Data moves the rows, `rows` and `mixer.labeling` think."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import time
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+from ray.data import Dataset
+from ray.data.aggregate import Sum
+
+from mixer.embedder import item_text
+from mixer.labeling import COUNTS, Labels, organise
+from mixer_platform import versions
+from mixer_platform.config import RunConfig
+from mixer_platform.errors import InputError
+from mixer_platform.inputs import REASON, find_input, read_input
+from mixer_platform.prepare import rows
+from mixer_platform.schema import ITEMS, LOGS, QUERIES
+from mixer_platform.storage import Storage, open_storage
+
+KIND = "samples"
+SAMPLES = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("kind", pa.string()),
+        ("image", pa.string()),
+        ("text", pa.string()),
+        ("class_id", pa.int64()),
+        ("weight", pa.float32()),
+    ]
+)
+_log = logging.getLogger(__name__)
+
+
+def prepare(config: RunConfig) -> dict[str, Any]:
+    """Write `samples/<version>/` from the input tables and return its report; a version there already is kept.
+
+    Raises InputError for input that cannot be used, StorageError for a workspace that cannot.
+    """
+    started = time.monotonic()
+    storage = open_storage(config.workspace)
+    inputs = {table: find_input(config.data, table) for table in (ITEMS, QUERIES, LOGS)}
+    version = versions.fingerprint(
+        [config.data, [files.tags for files in inputs.values()]], config.prepare.model_dump(exclude={"partitions"})
+    )
+    if done := versions.manifest(storage, KIND, version):
+        _log.info("samples %s are there already", version)
+        return {**done, "reused": True}
+    folder = f"{KIND}/{version}"
+    storage.delete(folder)  # what an interrupted run left
+    ray.data.DataContext.get_current().default_hash_shuffle_parallelism = config.prepare.partitions
+
+    items = _checked(read_input(inputs[ITEMS]), "item_id", config)
+    queries = _checked(read_input(inputs[QUERIES]), "query_id", config)
+    logs = _marked_logs(read_input(inputs[LOGS]), queries, items, config)
+    if not logs.count():
+        raise InputError(f"{config.data}/logs: no rows; prepare learns from what people clicked")
+
+    labels = organise_logs(logs, items, config)
+    unlabelled = partial(rows.mark_others, key="query_id", values=labels.queries["query_id"].combine_chunks())
+    queries = queries.map_batches(partial(unlabelled, reason="no usable click says what it shows"), **_ARROW)
+    tables = _write_quarantine({"items": items, "queries": queries, "logs": logs}, storage, folder)
+    _write_samples(items, queries, labels, storage, folder)
+    classes = _classes(labels)
+    storage.write(f"{folder}/classes.parquet", _parquet(classes))
+
+    report = {
+        "tables": tables,
+        "classes": len(classes),
+        "samples": {"items": tables["items"]["rows_out"], "queries": tables["queries"]["rows_out"]},
+        "examination": [round(float(value), 4) for value in labels.examination],
+        "mean_confidence": round(float(pc.mean(labels.queries["confidence"]).as_py() or 0), 4),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    storage.write(f"{folder}/report.json", versions.to_json(report))
+    return versions.publish(storage, KIND, version, report)
+
+
+_ARROW: dict[str, Any] = {"batch_format": "pyarrow", "zero_copy_batch": True}
+
+
+def _together(table: Dataset, key: str, config: RunConfig) -> Dataset:
+    """Bring all rows of a key into one block; partitions must stay below a block's size (128 MB)."""
+    return table.repartition(config.prepare.partitions, keys=[key])
+
+
+def _checked(table: Dataset, key: str, config: RunConfig) -> Dataset:
+    """Mark repeated keys and unusable pictures."""
+    unique = _together(table, key, config).map_batches(partial(rows.mark_repeats, key=key), **_ARROW, batch_size=None)
+    pictures = partial(rows.mark_pictures, min_side=config.prepare.min_side)
+    return unique.map_batches(pictures, **_ARROW, batch_size=64).materialize()
+
+
+def _marked_logs(logs: Dataset, queries: Dataset, items: Dataset, config: RunConfig) -> Dataset:
+    """Mark repeated events, robots' sessions, and rows whose query or item is unknown or in quarantine."""
+    logs = _together(logs, "session_id", config)  # a repeated event repeats its session too
+    logs = logs.map_batches(partial(rows.mark_repeats, key="event_id"), **_ARROW, batch_size=None)
+    robots = partial(rows.mark_robots, clicks=config.prepare.labeling.robot_clicks)
+    logs = logs.map_batches(robots, **_ARROW, batch_size=None)
+    for key, table in (("query_id", queries), ("item_id", items)):
+        state = f"{key}_state"
+        states = table.map_batches(partial(_states, key=key, state=state), **_ARROW, batch_size=None)
+        logs = logs.join(states, "left_outer", config.prepare.partitions, on=(key,))
+        logs = logs.map_batches(partial(rows.mark_references, key=key, state=state), **_ARROW)
+    return logs.materialize()
+
+
+def _states(batch: pa.Table, key: str, state: str) -> pa.Table:
+    """Return each key once, with an empty state if a row of it is sound, else with a reason why none is.
+
+    All rows of a key must be in the batch.
+    """
+    states = pa.table({key: batch[key], state: pc.fill_null(pc.cast(batch[REASON], pa.string()), "")})
+    states = states.filter(pc.and_(pc.is_valid(states[key]), pc.not_equal(states[state], f"{key} is repeated")))
+    return states.group_by(key).aggregate([(state, "min")]).rename_columns([key, state])
+
+
+def organise_logs(logs: Dataset, items: Dataset, config: RunConfig) -> Labels:
+    """Count what the sound log rows say of each query, item and position, and organise it into classes."""
+    counted = logs.map_batches(_count_batch, **_ARROW, batch_size=None)
+    keys = ["query_id", "item_id", "position"]
+    measures = ["impressions", "clicks", "purchases"]
+    sums = counted.groupby(keys).aggregate(*(Sum(name, alias_name=name) for name in measures))
+    counts = _collect(sums, COUNTS)
+    if not pc.sum(counts["clicks"]).as_py():
+        raise InputError(f"{config.data}/logs: no usable click; see the reasons in quarantine and mend the logs")
+    item_ids = pa.array([key for batch in _batches(items) for key in rows.sound(batch)["item_id"].to_pylist()])
+    return organise(counts, item_ids, config.prepare.labeling)
+
+
+def _count_batch(batch: pa.Table) -> pa.Table:
+    batch = rows.sound(batch)
+    event = batch["event"]
+    counts = {
+        "impressions": pc.equal(event, "impression"),
+        "clicks": pc.equal(event, "click"),
+        "purchases": pc.is_in(event, pa.array(["add_to_cart", "purchase"])),
+    }
+    keys = batch.select(["query_id", "item_id", "position"])
+    table = pa.table({**{name: keys[name] for name in keys.column_names}, **counts})
+    table = table.set_column(2, "position", pc.cast(table["position"], pa.int32()))
+    for name in counts:
+        table = table.set_column(table.column_names.index(name), name, pc.cast(table[name], pa.int64()))
+    summed = table.group_by(keys.column_names).aggregate([(name, "sum") for name in counts])
+    return summed.rename_columns([*keys.column_names, *counts])
+
+
+def _write_samples(items: Dataset, queries: Dataset, labels: Labels, storage: Storage, folder: str) -> None:
+    """Give photos and items their classes and write them: equal samples."""
+    parts = [
+        table.map_batches(partial(_sample_rows, kind=kind, known=known), **_ARROW)
+        for kind, table, known in (("query", queries, labels.queries), ("item", items, labels.items))
+    ]
+    samples = parts[0].union(parts[1])
+    samples.write_parquet(storage.path(f"{folder}/train"), filesystem=storage.filesystem)
+
+
+def _sample_rows(batch: pa.Table, kind: str, known: pa.Table) -> pa.Table:
+    batch = rows.sound(batch)
+    key = f"{kind}_id"
+    texts: list[str | None] = [None] * len(batch)
+    if kind == "item":
+        pairs = zip(batch["title"].to_pylist(), batch["description"].to_pylist(), strict=True)
+        texts = [item_text(title, description) for title, description in pairs]
+    else:
+        known = known.rename_columns([key, "class_id", "weight"])
+    columns = {key: pc.cast(batch[key], pa.string()), "image": batch["image"], "text": pa.array(texts, pa.string())}
+    labelled = pa.table(columns).join(known, key, join_type="inner").rename_columns({key: "sample_id"})
+    ones = pa.array([1.0] * len(labelled), pa.float32())
+    if kind == "item":
+        labelled = labelled.append_column("weight", ones)
+    kinds = pa.array([kind] * len(labelled), pa.string())
+    return labelled.append_column("kind", kinds).select(SAMPLES.names).cast(SAMPLES)
+
+
+def _classes(labels: Labels) -> pa.Table:
+    """Return class_id, size (samples) and item_ids."""
+    photos = collections.Counter(labels.queries["class_id"].to_pylist())
+    items = labels.items.group_by("class_id").aggregate([("item_id", "list")]).sort_by("class_id")
+    members = items["item_id_list"].to_pylist()
+    sizes = [
+        len(item_ids) + photos[label] for label, item_ids in zip(items["class_id"].to_pylist(), members, strict=True)
+    ]
+    return pa.table({"class_id": items["class_id"], "size": pa.array(sizes, pa.int64()), "item_ids": members})
+
+
+def _write_quarantine(tables: dict[str, Dataset], storage: Storage, folder: str) -> dict[str, Any]:
+    """Write the marked rows of all tables; return rows_in, rows_out and the count of each reason for each table."""
+    marked = [
+        table.map_batches(partial(rows.quarantined, table=name), **_ARROW, batch_size=None)
+        for name, table in tables.items()
+    ]
+    bad = marked[0].union(*marked[1:]).materialize()
+    if bad.count():
+        bad.write_parquet(storage.path(f"{folder}/quarantine"), filesystem=storage.filesystem)
+    reasons: collections.Counter[tuple[str, str]] = collections.Counter()
+    for batch in _batches(bad):
+        reasons.update(zip(batch["table"].to_pylist(), batch[REASON].to_pylist(), strict=True))
+    report = {}
+    for name, table in tables.items():
+        counts = {reason: count for (owner, reason), count in sorted(reasons.items()) if owner == name}
+        rows_in = table.count()
+        report[name] = {"rows_in": rows_in, "rows_out": rows_in - sum(counts.values()), "quarantined": counts}
+    return report
+
+
+def _batches(table: Dataset) -> list[pa.Table]:
+    """Return the blocks of a dataset that hold rows, as Arrow."""
+    return [batch for batch in table.iter_batches(batch_size=None, batch_format="pyarrow") if batch.num_columns]
+
+
+def _collect(table: Dataset, schema: pa.Schema) -> pa.Table:
+    """Bring a table that is known to fit the driver, such as counts a pair, as Arrow of this schema."""
+    batches = [batch.select(schema.names).cast(schema) for batch in _batches(table)]
+    return pa.concat_tables(batches) if batches else schema.empty_table()
+
+
+def _parquet(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()

@@ -1,0 +1,97 @@
+"""What is wrong with rows that only other rows can show. Pure functions over Arrow batches."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mixer.images import UnreadableImage, decode
+from mixer_platform.errors import StorageError
+from mixer_platform.inputs import RAW, REASON
+from mixer_platform.storage import read_uri
+
+QUARANTINE = pa.schema([("table", pa.string()), (REASON, pa.string()), (RAW, pa.string())])
+
+
+def mark_repeats(batch: pa.Table, key: str) -> pa.Table:
+    """Mark every sound row whose `key` an earlier sound row of the batch has. All rows of a key must be in it."""
+    reasons = pc.fill_null(pc.cast(batch[REASON], pa.string()), "")  # sound rows first, so that one stays
+    keyed = pa.table({"key": batch[key], "reason": reasons})
+    ordered = batch.take(pc.sort_indices(keyed, [("key", "ascending"), ("reason", "ascending")]))
+    codes = pc.dictionary_encode(ordered[key], null_encoding="encode").combine_chunks().indices.to_numpy()
+    again = np.diff(codes, prepend=-1) == 0
+    return mark(ordered, pa.array(again), f"{key} is repeated")
+
+
+def mark_references(batch: pa.Table, key: str, state: str) -> pa.Table:
+    """Mark sound rows by what a join said of the row that `key` names, and drop the column `state`.
+
+    `state` is null where nothing was found, empty where the row is sound, else the reason why it is not.
+    """
+    found = batch[state]
+    batch = mark(batch, pc.is_null(found), f"{key} is unknown")
+    batch = mark(batch, pc.not_equal(found, ""), f"{key} is in quarantine")
+    return batch.drop_columns(state)
+
+
+def mark_others(batch: pa.Table, key: str, values: pa.Array, reason: str) -> pa.Table:
+    """Mark sound rows whose `key` is not among `values`."""
+    return mark(batch, pc.invert(pc.is_in(pc.cast(batch[key], values.type), values)), reason)
+
+
+def mark_robots(batch: pa.Table, clicks: int) -> pa.Table:
+    """Mark sound rows of sessions with at least `clicks` sound clicks. All rows of a session must be in the batch."""
+    clicked = pc.and_(pc.is_null(batch[REASON]), pc.equal(batch["event"], "click"))
+    codes = pc.dictionary_encode(batch["session_id"], null_encoding="encode").combine_chunks().indices.to_numpy()
+    counts = np.bincount(codes, pc.fill_null(clicked, False).to_numpy())
+    return mark(batch, pa.array(counts[codes] >= clicks), "session is a robot's")
+
+
+def mark_pictures(batch: pa.Table, min_side: int) -> pa.Table:
+    """Mark sound rows whose picture cannot be read or decoded; a null picture is no fault."""
+    sound = pc.is_null(batch[REASON]).to_pylist()
+    uris = [uri if ok else None for uri, ok in zip(batch["image"].to_pylist(), sound, strict=True)]
+    with ThreadPoolExecutor(8) as threads:  # pictures may be far away
+        reasons = pa.array(threads.map(partial(_picture_fault, min_side=min_side), uris), pa.string())
+    return _set_reason(batch, pc.coalesce(batch[REASON], reasons))
+
+
+def mark(batch: pa.Table, bad: pa.Array | pa.ChunkedArray, reason: str) -> pa.Table:
+    """Give `reason` to the rows that are `bad` (null counts as not) and have none yet."""
+    first = pc.and_(pc.is_null(batch[REASON]), pc.fill_null(bad, False))
+    return _set_reason(batch, pc.if_else(first, reason, pc.cast(batch[REASON], pa.string())))
+
+
+def quarantined(batch: pa.Table, table: str) -> pa.Table:
+    """Return the marked rows as QUARANTINE; a row that came with no raw text is written from its columns."""
+    bad = batch.filter(pc.is_valid(batch[REASON]))
+    rows = bad.drop_columns([REASON, RAW]).to_pylist()
+    raw = [text or json.dumps(row, default=str) for text, row in zip(bad[RAW].to_pylist(), rows, strict=True)]
+    columns = [pa.array([table] * len(raw), pa.string()), pc.cast(bad[REASON], pa.string()), pa.array(raw, pa.string())]
+    return pa.table(columns, schema=QUARANTINE)
+
+
+def sound(batch: pa.Table) -> pa.Table:
+    """Return the rows with no reason against them."""
+    return batch.filter(pc.is_null(batch[REASON])).drop_columns([REASON, RAW])
+
+
+def _set_reason(batch: pa.Table, reasons: pa.Array | pa.ChunkedArray) -> pa.Table:
+    return batch.set_column(batch.column_names.index(REASON), REASON, reasons)
+
+
+def _picture_fault(uri: str | None, min_side: int) -> str | None:
+    if uri is None:
+        return None
+    try:
+        decode(read_uri(uri), min_side)
+    except StorageError:
+        return "picture cannot be read"
+    except UnreadableImage as error:
+        return str(error)
+    return None

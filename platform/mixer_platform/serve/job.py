@@ -1,0 +1,146 @@
+"""Put the application on a Ray cluster, wait until it answers, and take it down."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from typing import Any
+
+from ray import serve as ray_serve
+from ray.exceptions import RayError
+from ray.serve.config import HTTPOptions
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
+
+from mixer_platform.config import RunConfig
+from mixer_platform.errors import MixerError
+from mixer_platform.gallery import read_manifest
+from mixer_platform.serve.app import application
+from mixer_platform.storage import open_storage
+
+APPLICATION = "mixer"
+START_TIMEOUT_S = 600.0
+_EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+log = logging.getLogger(__name__)
+
+
+def serve(config: RunConfig) -> dict[str, Any]:
+    """Serve the index over HTTP and return once a query would be answered; Ray Serve keeps it up from then on.
+
+    Running it again with the same cluster and port brings in another index or configuration. Raises MixerError.
+    """
+    started = time.monotonic()
+    manifest = read_manifest(open_storage(config.workspace), config.serve.index)
+    app = application(config, manifest)
+    host, port = start_http(config.serve.host, config.serve.port)
+    try:
+        ray_serve.run_many([ray_serve.RunTarget(app, APPLICATION)], wait_for_applications_running=False)
+    except (RayServeException, RayError, ValueError) as error:
+        raise MixerError(f"Ray Serve does not take the application: {_last_sentence(str(error))}") from error
+    _wait_until_running()
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    _wait_until_ready(url)
+    return {
+        "url": url,
+        "index": manifest.version,
+        "model": manifest.model,
+        "items": manifest.items,
+        "shards": len(manifest.shards),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+
+
+def wait_for_interrupt() -> None:
+    """Block until SIGINT or SIGTERM, then stop serving."""
+    interrupted = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: interrupted.set()) for number in signals]
+    interrupted.wait()
+    for number, handler in zip(signals, before, strict=True):
+        signal.signal(number, handler)
+    stop()
+
+
+def stop() -> None:
+    """Take the application down, and Ray Serve with it if nothing else runs there."""
+    ray_serve.delete(APPLICATION)
+    if not ray_serve.status().applications:
+        ray_serve.shutdown()
+
+
+def start_http(host: str, port: int) -> tuple[str, int]:
+    """Start Serve's HTTP proxy, or find it running; return the address for a client. Raises MixerError."""
+    # Private, but Serve has no other way to ask where it listens, and it ignores a new port in silence.
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is not None:
+        running = (client.http_config.host, client.http_config.port)
+        if running != (host, port or running[1]):
+            raise MixerError(
+                f"Ray Serve of this cluster listens on {running[0]}:{running[1]} already; "
+                f"set serve.host={running[0]} serve.port={running[1]}, or stop it with `serve shutdown`"
+            )
+        return _EVERYWHERE.get(host, host), running[1]
+    port = free_port(host, port)
+    ray_serve.start(http_options=HTTPOptions(host=host, port=port))
+    return _EVERYWHERE.get(host, host), port
+
+
+def free_port(host: str, port: int) -> int:
+    """Return the port if it is free, or any free one for 0. Raises MixerError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise MixerError(f"{host}:{port} cannot be listened on: {error.strerror}; set serve.host") from error
+            raise MixerError(f"port {port} on {host} is in use; stop what uses it or set serve.port=...") from error
+        return probe.getsockname()[1]
+
+
+def _wait_until_running() -> None:
+    deadline, said = time.monotonic() + START_TIMEOUT_S, time.monotonic()
+    while time.monotonic() < deadline:
+        status = ray_serve.status().applications[APPLICATION]
+        if status.status == "RUNNING":
+            return
+        waiting = {name: each for name, each in status.deployments.items() if each.status != "HEALTHY"}
+        if status.status == "DEPLOY_FAILED":
+            failed = {name: each for name, each in waiting.items() if each.status in ("DEPLOY_FAILED", "UNHEALTHY")}
+            name, message = next(((name, each.message) for name, each in failed.items()), (APPLICATION, status.message))
+            raise MixerError(f"{name} did not start: {_last_sentence(message)}")
+        if time.monotonic() - said > 10:
+            said = time.monotonic()
+            log.info("waiting for %s", "; ".join(f"{name}: {each.message}" for name, each in waiting.items()))
+        time.sleep(0.1)
+    raise MixerError(
+        f"{' and '.join(waiting)} did not start within {START_TIMEOUT_S:g} s; see `serve status`: the cluster may have "
+        "too few CPUs for serve.ingress, serve.encoder and serve.shard"
+    )
+
+
+def _wait_until_ready(url: str) -> None:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of this machine is not meant
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with direct.open(f"{url}/readyz", timeout=10):
+                return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise MixerError(f"{url}/readyz: {error}; see the log of Ray Serve") from error
+        time.sleep(0.1)
+
+
+def _last_sentence(message: str) -> str:
+    """Return the last line of a message that may hold a traceback, without the exception's type."""
+    lines = [line for line in message.splitlines() if line.strip()]
+    return re.sub(r"^[\w.]+(Error|Exception): ", "", lines[-1].strip()) if lines else "no reason given"

@@ -1,0 +1,245 @@
+"""A workspace is a root, a folder or `s3://bucket/prefix`, that holds immutable versions and their manifests."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import boto3
+import pyarrow.fs
+from botocore.exceptions import BotoCoreError, ClientError
+
+from mixer_platform.errors import ConflictError, StorageError
+
+_SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+://")
+
+
+class Storage(Protocol):
+    """Keys are relative, with `/`. Every method raises StorageError with the full address when it cannot."""
+
+    uri: str
+    filesystem: pyarrow.fs.FileSystem
+
+    def path(self, key: str = "") -> str:
+        """Return where `key` is, as `filesystem` spells it (what Ray Data reads and writes)."""
+
+    def read(self, key: str) -> bytes:
+        """Return the bytes of `key`."""
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write `key` whole: a reader sees the old bytes or the new, never a part."""
+
+    def list(self, prefix: str) -> dict[str, str]:
+        """Return every key below the folder `prefix`, with a tag that changes when its content does."""
+
+    def tag(self, key: str) -> str | None:
+        """Return the tag of `key`'s content, None if there is none."""
+
+    def publish(self, key: str, data: bytes, replaces: str | None) -> None:
+        """Write `key` only if its tag is still `replaces` (None: only if it does not exist); else ConflictError."""
+
+    def delete(self, prefix: str) -> None:
+        """Delete every key below the folder `prefix`."""
+
+
+def open_storage(uri: str) -> Storage:
+    """Open the folder or `s3://bucket/prefix` at `uri`. A folder need not exist yet; a bucket must."""
+    if uri.startswith("s3://"):
+        return S3Storage(uri)
+    if _SCHEME.match(uri):
+        raise StorageError(f"{uri}: a workspace is a folder or s3://bucket/prefix; other schemes are not supported")
+    return LocalStorage(uri)
+
+
+def read_uri(uri: str) -> bytes:
+    """Return the bytes behind a picture's URI: an absolute path or `s3://bucket/key`. Raises StorageError."""
+    if not _SCHEME.match(uri):
+        root, key = os.path.split(uri)
+        return LocalStorage(root).read(key)
+    root, _, key = uri.rpartition("/")
+    return _open_cached(root).read(key)
+
+
+def resolve_uri(uri: str, root: str) -> str:
+    """Return `uri` as it is if it is absolute or has a scheme, else below `root`."""
+    return uri if _SCHEME.match(uri) or uri.startswith("/") else f"{root.rstrip('/')}/{uri}"
+
+
+@lru_cache(maxsize=256)
+def _open_cached(uri: str) -> Storage:
+    return S3Storage(uri, check=False) if uri.startswith("s3://") else open_storage(uri)
+
+
+class LocalStorage:
+    """A workspace in a folder."""
+
+    def __init__(self, uri: str) -> None:
+        self.root = Path(uri).expanduser().absolute()
+        self.uri = str(self.root)
+        self.filesystem = pyarrow.fs.LocalFileSystem()
+
+    def path(self, key: str = "") -> str:
+        return str(self.root / key)
+
+    def read(self, key: str) -> bytes:
+        with self._explained(key):
+            return (self.root / key).read_bytes()
+
+    def write(self, key: str, data: bytes) -> None:
+        with self._explained(key), self._staged(key, data) as staged:
+            os.replace(staged, self.root / key)
+
+    def list(self, prefix: str) -> dict[str, str]:
+        folder = self.root / prefix
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+        return {str(path.relative_to(self.root)): _file_tag(path) for path in files}
+
+    def tag(self, key: str) -> str | None:
+        path = self.root / key
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+    def publish(self, key: str, data: bytes, replaces: str | None) -> None:
+        with self._explained(key), self._locked(key), self._staged(key, data) as staged:
+            if self.tag(key) != replaces:
+                raise _conflict(self.path(key))
+            os.replace(staged, self.root / key)
+
+    def delete(self, prefix: str) -> None:
+        for key in self.list(prefix):
+            (self.root / key).unlink(missing_ok=True)
+
+    @contextmanager
+    def _staged(self, key: str, data: bytes) -> Iterator[str]:
+        target = self.root / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, staged = tempfile.mkstemp(dir=target.parent, prefix=".staged-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())  # the rename must not become durable before the bytes
+            os.chmod(staged, 0o644)  # mkstemp makes it private
+            yield staged
+        finally:
+            Path(staged).unlink(missing_ok=True)
+
+    @contextmanager
+    def _locked(self, key: str) -> Iterator[None]:
+        lock = self.root / f"{key}.lock"
+        lock = lock.with_name(f".{lock.name}")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+    @contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(f"{self.path(key)}: {error.strerror or error}") from error
+
+
+class S3Storage:
+    """A workspace under `s3://bucket/prefix`; endpoint, region and credentials are found the standard AWS way."""
+
+    def __init__(self, uri: str, check: bool = True) -> None:
+        parts = urlsplit(uri)
+        self.bucket, self.prefix = parts.netloc, parts.path.strip("/")
+        self.uri = uri.rstrip("/")
+        self._connect()
+        if check:
+            self._check_bucket()
+
+    def _connect(self) -> None:
+        self.client = boto3.client("s3")
+        endpoint = self.client.meta.endpoint_url
+        # Arrow finds credentials by the same chain, but of the endpoint settings it reads only some.
+        self.filesystem = pyarrow.fs.S3FileSystem(endpoint_override=endpoint, region=self.client.meta.region_name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"bucket": self.bucket, "prefix": self.prefix, "uri": self.uri}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._connect()
+
+    def path(self, key: str = "") -> str:
+        return "/".join(part for part in (self.bucket, self.prefix, key) if part)
+
+    def read(self, key: str) -> bytes:
+        with self._explained(key):
+            return self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+
+    def write(self, key: str, data: bytes) -> None:
+        with self._explained(key):
+            self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+
+    def list(self, prefix: str) -> dict[str, str]:
+        folder = self._key(prefix).rstrip("/") + "/" if self._key(prefix) else ""
+        skip = len(self.prefix) + 1 if self.prefix else 0
+        with self._explained(prefix):
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
+            return {entry["Key"][skip:]: entry["ETag"] for page in pages for entry in page.get("Contents", [])}
+
+    def tag(self, key: str) -> str | None:
+        with self._explained(key):
+            try:
+                return self.client.head_object(Bucket=self.bucket, Key=self._key(key))["ETag"]
+            except ClientError as error:
+                if error.response["Error"]["Code"] in {"404", "NoSuchKey", "NotFound"}:
+                    return None
+                raise
+
+    def publish(self, key: str, data: bytes, replaces: str | None) -> None:
+        condition = {"IfNoneMatch": "*"} if replaces is None else {"IfMatch": replaces}
+        with self._explained(key):
+            try:
+                self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, **condition)
+            except ClientError as error:
+                if error.response["Error"]["Code"] in {"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"}:
+                    raise _conflict(f"{self.uri}/{key}") from error
+                raise
+
+    def delete(self, prefix: str) -> None:
+        with self._explained(prefix):
+            for key in self.list(prefix):
+                self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+
+    def _key(self, key: str) -> str:
+        return "/".join(part for part in (self.prefix, key) if part)
+
+    def _check_bucket(self) -> None:
+        try:
+            self.client.head_bucket(Bucket=self.bucket)
+        except ClientError as error:
+            code = error.response["Error"]["Code"]
+            reason = {"404": "the bucket does not exist: create it", "403": "access denied: check the credentials"}
+            raise StorageError(f"s3://{self.bucket}: {reason.get(code, str(error))}") from error
+        except BotoCoreError as error:
+            raise StorageError(f"s3://{self.bucket}: {error}") from error
+
+    @contextmanager
+    def _explained(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except (ClientError, BotoCoreError) as error:
+            raise StorageError(f"{self.uri}/{key}: {error}") from error
+
+
+def _file_tag(path: Path) -> str:
+    stat = path.stat()
+    return f"{stat.st_size}-{stat.st_mtime_ns}"
+
+
+def _conflict(address: str) -> ConflictError:
+    return ConflictError(f"{address}: somebody else published first; theirs stands, run again to build on it")

@@ -1,0 +1,145 @@
+"""The towers in a DeepSpeed engine beside the class-sharded softmax, which keeps its own optimizer.
+
+ZeRO averages gradients over the workers; the classes of a worker are its own and must not be averaged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixer.sampling import learning_rate_factor
+from mixer.softmax import ShardedMarginSoftmax
+from mixer.training import Batch
+from mixer_platform.config import TrainConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class HybridTrainer:
+    """Data-parallel towers, model-parallel classifier: one `step` is one global batch."""
+
+    def __init__(self, tower: nn.Module, head: ShardedMarginSoftmax, config: TrainConfig, steps: int) -> None:
+        import deepspeed  # here, not at the top: it looks for accelerators and compilers when imported
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does, and needs no compiler
+        self.config, self.steps, self.head = config, steps, head
+        trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
+        self.engine, self._towers_optimizer, _, _ = deepspeed.initialize(
+            model=tower,
+            optimizer=torch.optim.AdamW(trained, lr=config.tower_lr, weight_decay=config.weight_decay),
+            config=_deepspeed_config(config, head.world),
+            dist_init_required=False,
+        )
+        self._head_optimizer = torch.optim.AdamW(
+            head.parameters(), lr=config.classifier_lr, weight_decay=config.weight_decay
+        )
+        self.step_count = 0
+
+    def step(self, batch: Batch) -> float:
+        """Learn from one global batch of which `batch` is this worker's part; return the global loss."""
+        self._set_learning_rates()
+        embeddings = self.engine(batch).float()
+        if self.head.world > 1:
+            # The loss is the mean over all workers already; ZeRO will divide by their number once more.
+            embeddings.register_hook(lambda gradient: gradient * self.head.world)
+        loss = self.head(embeddings, batch.labels, batch.weights)
+        self._head_optimizer.zero_grad(set_to_none=True)
+        self.engine.backward(loss)
+        self._head_optimizer.step()
+        self.engine.step()
+        self.step_count += 1
+        return float(loss.detach())
+
+    def _set_learning_rates(self) -> None:
+        factor = learning_rate_factor(self.step_count, self.steps, self.config.warmup)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = self.config.tower_lr * factor
+        for group in self._head_optimizer.param_groups:
+            group["lr"] = self.config.classifier_lr * factor
+
+    def tower_state(self) -> dict[str, Tensor]:
+        """Return the buffers and every trained parameter with its moments, whole and in fp32; a collective call."""
+        state = {name: buffer.detach().cpu().clone() for name, buffer in self._buffers()}
+        for name, parameter in self._trained():
+            state[name] = _whole(parameter, None, self.engine)
+            for moment in MOMENTS:
+                state[f"{moment}:{name}"] = _whole(parameter, moment, self.engine)
+        return state
+
+    def load_tower_state(self, state: dict[str, Tensor], step: int) -> None:
+        """Go on from what `tower_state` gave, on any number of workers."""
+        if self.config.zero_stage:
+            self._load_partitions(state, step)
+        else:
+            for name, parameter in self._trained():
+                parameter.data.copy_(state[name])
+                moments = {moment: state[f"{moment}:{name}"].to(parameter.device, copy=True) for moment in MOMENTS}
+                self.engine.optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+        for name, buffer in self._buffers():
+            buffer.copy_(state[name])
+        self.step_count = step
+
+    def _load_partitions(self, state: dict[str, Tensor], step: int) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        zero = self.engine.optimizer
+        for partition in zero.single_partition_of_fp32_groups:
+            # AdamW makes its moments, and ZeRO finds them, in the first step only; there was none yet.
+            moments = {moment: torch.zeros_like(partition) for moment in MOMENTS}
+            zero.optimizer.state[partition] = {"step": torch.tensor(float(step)), **moments}
+        zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._trained():
+            safe_set_full_fp32_param(parameter, state[name])
+            for moment in MOMENTS:
+                safe_set_full_optimizer_state(parameter, state[f"{moment}:{name}"], moment)
+        zero.update_lp_params()
+
+    def head_state(self) -> dict[str, Tensor]:
+        """Return the rows of this worker's classes and their moments, each [owned classes, dim]."""
+        slot = self._head_optimizer.state.get(self.head.weight, {})
+        moments = {moment: slot.get(moment, torch.zeros_like(self.head.weight)) for moment in MOMENTS}
+        return {"weight": self.head.weight.detach(), **moments}
+
+    def load_head_state(self, state: dict[str, Tensor], step: int) -> None:
+        """Go on from the rows of this worker's classes."""
+        self.head.weight.data.copy_(state["weight"])
+        moments = {moment: state[moment].clone() for moment in MOMENTS}
+        self._head_optimizer.state[self.head.weight] = {"step": torch.tensor(float(step)), **moments}
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        """Return what the model saves beside parameters, such as the features' mean."""
+        kept = self.engine.module.state_dict().keys()
+        return [(name, buffer) for name, buffer in self.engine.module.named_buffers() if name in kept]
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        named = self.engine.module.named_parameters()
+        return [(name, parameter) for name, parameter in named if parameter.requires_grad]
+
+
+def _whole(parameter: nn.Parameter, moment: str | None, engine: Any) -> Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if engine.zero_optimization_stage() == 0:
+        value = parameter if moment is None else engine.optimizer.state[parameter][moment]
+    elif moment is None:
+        value = safe_get_full_fp32_param(parameter)
+    else:
+        value = safe_get_full_optimizer_state(parameter, moment)
+    return value.detach().float().cpu().clone()
+
+
+def _deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
+    return {
+        # DeepSpeed wants a number; batches are cut by the epoch's plan and may be uneven.
+        "train_micro_batch_size_per_gpu": max(1, config.batch_size // world),
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": config.zero_stage},
+        "gradient_clipping": 1.0,  # of the towers' norm, over all workers; DeepSpeed's default, said aloud
+        "zero_allow_untested_optimizer": True,
+        # Autocast, not DeepSpeed's bf16: that casts the parameters but not the buffers, and then they do not multiply.
+        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": 2**31,
+    }

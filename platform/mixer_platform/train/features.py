@@ -1,0 +1,183 @@
+"""Features of a frozen encoder, computed once by Ray Data and cached in the workspace."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray.data
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mixer.config import ModelConfig
+from mixer.denoise import neighbour_agreement
+from mixer.embedder import ImageFeatures, TextFeatures
+from mixer.export import export_encoders
+from mixer.images import augment, decode
+from mixer.sampling import EpochPlan
+from mixer.towers import MixerModel
+from mixer.training import Batch
+from mixer_platform import versions
+from mixer_platform.config import TrainConfig
+from mixer_platform.storage import Storage, open_storage, read_uri
+
+KIND = "features"
+_log = logging.getLogger(__name__)
+
+
+def cache_features(storage: Storage, samples: str, model: ModelConfig, train: TrainConfig) -> str:
+    """Compute `features/<version>/` for a samples version unless it is there, and return the version."""
+    version = versions.fingerprint(
+        samples, model.image_encoder, model.text_encoder, model.max_tokens, model.pooling, train.views, train.seed
+    )
+    if versions.manifest(storage, KIND, version):
+        _log.info("features %s are there already", version)
+        return version
+    folder = f"{KIND}/{version}"
+    storage.delete(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        export_encoders(MixerModel(model), Path(scratch))
+        versions.upload(storage, Path(scratch), f"{folder}/encoders")
+    rows = ray.data.read_parquet(storage.path(f"samples/{samples}/train"), filesystem=storage.filesystem)
+    features = rows.map_batches(
+        FeatureWorker,
+        fn_constructor_args=(storage.uri, f"{folder}/encoders", model.pooling, train.views, train.seed),
+        batch_format="pyarrow",
+        batch_size=32,
+        num_cpus=train.cpus_per_worker,
+        compute=ray.data.ActorPoolStrategy(size=train.workers),
+    )
+    features.write_parquet(storage.path(f"{folder}/rows"), filesystem=storage.filesystem)
+    versions.publish(storage, KIND, version, {"samples": samples, "views": train.views})
+    return version
+
+
+class FeatureWorker:
+    """A Ray Data actor: samples in, float16 features of each augmented view out."""
+
+    def __init__(self, uri: str, encoders: str, pooling: str, views: int, seed: int) -> None:
+        self.pooling, self.views, self.seed = pooling, views, seed
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = versions.fetch(open_storage(uri), encoders, scratch)
+            self.images, self.texts = ImageFeatures(folder), TextFeatures(folder)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        rows = batch.to_pylist()
+        pictures = [None if row["image"] is None else decode(read_uri(row["image"])) for row in rows]
+        views = [self._views(row["sample_id"], picture) for row, picture in zip(rows, pictures, strict=True)]
+        items = [row for row in rows if row["kind"] == "item"]
+        tokens = self._tokens([row["text"] for row in items])
+        columns: dict[str, Any] = {name: batch[name] for name in ("sample_id", "kind", "class_id", "weight")}
+        columns["views"] = pa.array([self._encode(row["kind"], view) for row, view in zip(rows, views, strict=True)])
+        encoded = iter(tokens)
+        columns["tokens"] = pa.array([next(encoded) if row["kind"] == "item" else None for row in rows], pa.binary())
+        return pa.table(columns)
+
+    def _views(self, sample_id: str, picture: Image.Image | None) -> np.ndarray | None:
+        """Return uint8 [views, size, size, 3]; the first view is the picture as it is."""
+        if picture is None:
+            return None
+        digest = hashlib.sha256(f"{self.seed}:{sample_id}".encode()).digest()
+        rng = np.random.default_rng(list(digest[:8]))
+        augmented = [picture, *(augment(picture, rng) for _ in range(self.views - 1))]
+        return np.stack([self.images.preprocess(view) for view in augmented])
+
+    def _encode(self, kind: str, pixels: np.ndarray | None) -> bytes | None:
+        """Return photos as pooled [views, width], items as patches [views, patches, width]."""
+        if pixels is None:
+            return None
+        patches = self.images(pixels)
+        if kind == "query":
+            patches = patches.mean(axis=1) if self.pooling == "mean" else patches[:, 0]
+        return patches.astype(np.float16).tobytes()
+
+    def _tokens(self, texts: list[str | None]) -> list[bytes | None]:
+        if not texts:
+            return []
+        encoded, mask = self.texts(texts)
+        counts = mask.sum(axis=1)
+        return [
+            row[:count].astype(np.float16).tobytes() if count else None
+            for row, count in zip(encoded, counts, strict=True)
+        ]
+
+
+class FeatureSamples:
+    """The cached samples of a run in memory, photos first; gives batches to a `FrozenTower`."""
+
+    def __init__(self, storage: Storage, version: str, widths: tuple[int, int], views: int, max_tokens: int) -> None:
+        image_width, text_width = widths
+        rows = pq.read_table(storage.path(f"{KIND}/{version}/rows"), filesystem=storage.filesystem)
+        rows = rows.sort_by([("kind", "descending"), ("sample_id", "ascending")])
+        photos = rows.filter(pc.equal(rows["kind"], "query"))
+        items = rows.filter(pc.equal(rows["kind"], "item"))
+        self.ids = rows["sample_id"].to_pylist()
+        self.labels = torch.from_numpy(rows["class_id"].to_numpy().copy())
+        self.weights = torch.from_numpy(rows["weight"].to_numpy().copy())
+        self.photos = torch.stack([_tensor(value, (views, image_width)) for value in _binaries(photos["views"])])
+        pictures = [
+            None if value is None else _tensor(value, (views, -1, image_width)) for value in _binaries(items["views"])
+        ]
+        self.has_image = torch.tensor([value is not None for value in pictures])
+        shape = next((value.shape for value in pictures if value is not None), (views, 1, image_width))
+        blank = torch.zeros(shape, dtype=torch.float16)
+        self.pictures = torch.stack([blank if value is None else value for value in pictures])
+        self.tokens = torch.zeros(len(items), max_tokens, text_width, dtype=torch.float16)
+        self.token_mask = torch.zeros(len(items), max_tokens, dtype=torch.int64)
+        for row, value in enumerate(_binaries(items["tokens"])):
+            if value:
+                tokens = _tensor(value, (-1, text_width))
+                self.tokens[row, : len(tokens)] = tokens
+                self.token_mask[row, : len(tokens)] = 1
+
+    def doubt(self, neighbours: int) -> None:
+        """Weigh each photo by how many of its visual neighbours carry its label."""
+        count = len(self.photos)
+        agreement = neighbour_agreement(
+            self.photos[:, 0].float(), self.labels[:count], self.weights[:count], neighbours
+        )
+        self.weights[:count] *= 0.05 + agreement
+
+    def pooled(self) -> Tensor:
+        """Return the pooled first view of every sample with a picture, [n, width]."""
+        items = self.pictures[self.has_image][:, 0].float().mean(dim=1)
+        return torch.cat([self.photos[:, 0].float(), items])
+
+    def batch(self, rows: np.ndarray, plan: EpochPlan) -> Batch:
+        """Return the batch of these samples as the epoch's plan shows them."""
+        count = len(self.photos)
+        queries, items = rows[rows < count], rows[rows >= count]
+        order = torch.from_numpy(np.concatenate([queries, items]))
+        query_rows, item_rows = torch.from_numpy(queries), torch.from_numpy(items - count)
+        mask = self.token_mask[item_rows].clone()
+        has_text = mask.any(dim=1)
+        has_image = self.has_image[item_rows]
+        drop_text = torch.from_numpy(plan.drop_text[items]) & has_image
+        drop_image = torch.from_numpy(plan.drop_image[items]) & has_text
+        mask[drop_text] = 0
+        return Batch(
+            photos=self.photos[query_rows, torch.from_numpy(plan.view[queries])],
+            pictures=self.pictures[item_rows, torch.from_numpy(plan.view[items])],
+            has_image=has_image & ~drop_image,
+            tokens=self.tokens[item_rows],
+            token_mask=mask,
+            labels=self.labels[order],
+            weights=self.weights[order],
+        )
+
+
+def _binaries(column: pa.ChunkedArray) -> list[bytes | None]:
+    return column.to_pylist()
+
+
+def _tensor(value: bytes | None, shape: tuple[int, ...]) -> Tensor:
+    assert value is not None
+    return torch.frombuffer(bytearray(value), dtype=torch.float16).view(shape)

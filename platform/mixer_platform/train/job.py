@@ -1,0 +1,145 @@
+"""The train job: cache features, run Ray Train, publish the model with its classifier, curves and towers as graphs."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from ray.train import FailureConfig, ScalingConfig
+from ray.train import RunConfig as RayRunConfig
+from ray.train.torch import TorchTrainer
+from torch.utils.tensorboard import SummaryWriter
+
+from mixer.config import ModelConfig
+from mixer.encoders import EncoderError
+from mixer.export import export_model
+from mixer.towers import MixerModel
+from mixer_platform import versions
+from mixer_platform.config import RunConfig
+from mixer_platform.errors import ConfigError
+from mixer_platform.storage import Storage, open_storage
+from mixer_platform.train.checkpoints import Checkpoints
+from mixer_platform.train.features import cache_features
+from mixer_platform.train.loop import encoder_widths, train_worker
+
+matplotlib.use("Agg")
+KIND = "models"
+_log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Train on a samples version and publish `models/<version>/`; return its manifest. A model there is kept.
+
+    An interrupted run goes on from its last checkpoint, also with another number of workers.
+    Raises StorageError when there are no samples, ConfigError when an encoder cannot be had.
+    """
+    started = time.monotonic()
+    storage = open_storage(config.workspace)
+    samples = versions.require(storage, "samples", config.train.samples)
+    # How many workers share the work changes neither the samples nor the steps: not a new run.
+    settings = config.train.model_dump(exclude={"samples", "workers", "cpus_per_worker", "gpus_per_worker"})
+    version = versions.fingerprint(samples["version"], config.model.model_dump(), settings)
+    if done := versions.manifest(storage, KIND, version):
+        _log.info("model %s is there already", version)
+        return {**done, "reused": True}
+
+    try:
+        widths = encoder_widths(config.model)
+    except EncoderError as error:
+        raise ConfigError(f"model: {error}") from error
+    features = None
+    if config.model.train_from_block is None:
+        features = cache_features(storage, samples["version"], config.model, config.train)
+    job = {
+        "workspace": storage.uri,
+        "run": version,
+        "samples": samples["version"],
+        "features": features,
+        "widths": widths,
+        "classes": samples["classes"],
+        "model": config.model.model_dump(),
+        "train": config.train.model_dump(),
+    }
+    cached = time.monotonic()
+    _fit(job, config)
+    checkpoints = Checkpoints(storage, version)
+    state = checkpoints.latest()
+    assert state is not None, "Ray Train returned without error, so the last epoch is written"
+    report = {
+        "samples": samples["version"],
+        "classes": samples["classes"],
+        "dim": config.model.dim,
+        "history": state["history"],
+        "seconds_features": round(cached - started, 2),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    _publish(storage, version, checkpoints, state["epoch"], config.model, report)
+    return versions.publish(storage, KIND, version, report)
+
+
+def _fit(job: dict[str, Any], config: RunConfig) -> None:
+    resources = {"CPU": config.train.cpus_per_worker}
+    if config.train.gpus_per_worker:
+        resources["GPU"] = config.train.gpus_per_worker
+    with tempfile.TemporaryDirectory() as scratch:  # Ray Train wants one; checkpoints are in the workspace
+        TorchTrainer(
+            train_worker,
+            train_loop_config=job,
+            scaling_config=ScalingConfig(
+                num_workers=config.train.workers,
+                use_gpu=config.train.gpus_per_worker > 0,
+                resources_per_worker=resources,
+            ),
+            run_config=RayRunConfig(
+                storage_path=scratch, failure_config=FailureConfig(max_failures=config.train.max_failures)
+            ),
+        ).fit()
+
+
+def _publish(
+    storage: Storage, version: str, checkpoints: Checkpoints, epoch: int, architecture: ModelConfig, report: dict
+) -> None:
+    """Write the model's files; the manifest, written after them, makes them visible."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = load_trained(checkpoints, epoch, architecture)
+        model.save_pretrained(folder)
+        export_model(model, folder)
+        write_curves(report["history"], folder)
+        versions.upload(storage, folder, f"{KIND}/{version}")
+    for key in storage.list(f"{checkpoints.folder}/epoch-{epoch:05d}/classifier"):
+        name = key.rpartition("/")[2]
+        storage.write(f"{KIND}/{version}/classifier/{name}", storage.read(key))
+    storage.write(f"{KIND}/{version}/metrics.json", versions.to_json(report))
+
+
+def load_trained(checkpoints: Checkpoints, epoch: int, architecture: ModelConfig) -> MixerModel:
+    """Return the whole model with the trained parameters of a checkpoint."""
+    model = MixerModel(architecture)
+    target = model if architecture.train_from_block is not None else model.towers
+    prefix = "model." if target is model else "towers."
+    state = checkpoints.read_towers(epoch)
+    trained = {name.removeprefix(prefix): value for name, value in state.items() if ":" not in name}
+    target.load_state_dict(trained, strict=False)
+    return model.eval()
+
+
+def write_curves(history: list[dict[str, float]], folder: Path) -> None:
+    """Write loss and held-out recall an epoch for TensorBoard and as curves.png."""
+    import matplotlib.pyplot as plt
+
+    with SummaryWriter(str(folder / "tensorboard")) as writer:
+        for entry in history:
+            for name in ("loss", "held_out_r1"):
+                writer.add_scalar(name, entry[name], entry["epoch"])
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, name in zip(axes, ("loss", "held_out_r1"), strict=True):
+        axis.plot([entry["epoch"] for entry in history], [entry[name] for entry in history], marker="o", markersize=3)
+        axis.set(xlabel="epoch", title=name)
+        axis.grid(alpha=0.3)
+    figure.savefig(folder / "curves.png", dpi=110)
+    plt.close(figure)

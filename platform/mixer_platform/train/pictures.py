@@ -1,0 +1,73 @@
+"""Pictures decoded and augmented as they are needed: what a trained encoder learns from."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from mixer.images import augment, decode
+from mixer.sampling import EpochPlan
+from mixer.towers import MixerModel
+from mixer.training import Batch
+from mixer_platform.storage import Storage, read_uri
+
+
+class PictureSamples:
+    """The samples of a run by their pictures, photos first; gives batches to a `WholeModel`."""
+
+    def __init__(self, storage: Storage, version: str, model: MixerModel, seed: int, threads: int = 4) -> None:
+        rows = pq.read_table(storage.path(f"samples/{version}/train"), filesystem=storage.filesystem)
+        rows = rows.sort_by([("kind", "descending"), ("sample_id", "ascending")])
+        self.photos = rows.filter(pc.equal(rows["kind"], "query"))["image"].to_pylist()
+        self.labels = torch.from_numpy(rows["class_id"].to_numpy().copy())
+        self.weights = torch.from_numpy(rows["weight"].to_numpy().copy())
+        self._images, self._texts = rows["image"].to_pylist(), rows["text"].to_pylist()
+        self._preprocess, self._tokenizer = model.image_encoder.preprocess, model.text_encoder.tokenizer
+        self._seed, self._threads = seed, ThreadPoolExecutor(threads)
+
+    def pooled(self, model: MixerModel, count: int) -> Tensor:
+        """Return pooled features of up to `count` samples with a picture, spread over all, [n, width]."""
+        rows = [row for row, uri in enumerate(self._images) if uri is not None]
+        rows = rows[:: max(1, len(rows) // count)][:count]
+        with torch.no_grad():
+            parts = [self._pixels(np.array(rows[start : start + 32]), None) for start in range(0, len(rows), 32)]
+            return torch.cat([model.towers.pool(model.image_encoder(pixels)) for pixels in parts])
+
+    def batch(self, rows: np.ndarray, plan: EpochPlan) -> Batch:
+        """Return the batch of these samples, newly augmented unless the plan's view of all samples is 0."""
+        count = len(self.photos)
+        queries, items = rows[rows < count], rows[rows >= count]
+        pixels = self._pixels(np.concatenate([queries, items]), plan)
+        token_ids, token_mask = self._tokenizer([self._texts[row] for row in items] or [None])
+        token_ids, token_mask = token_ids[: len(items)], token_mask[: len(items)]
+        has_image = np.array([self._images[row] is not None for row in items], bool)
+        has_text = token_mask.any(axis=1)
+        token_mask[plan.drop_text[items] & has_image] = 0
+        order = torch.from_numpy(np.concatenate([queries, items]))
+        return Batch(
+            photos=pixels[: len(queries)],
+            pictures=pixels[len(queries) :],
+            has_image=torch.from_numpy(has_image & ~(plan.drop_image[items] & has_text)),
+            tokens=torch.from_numpy(token_ids),
+            token_mask=torch.from_numpy(token_mask),
+            labels=self.labels[order],
+            weights=self.weights[order],
+        )
+
+    def _pixels(self, rows: np.ndarray, plan: EpochPlan | None) -> Tensor:
+        size = self._preprocess.size
+        pixels = list(self._threads.map(lambda row: self._decoded(row, plan), rows.tolist()))
+        return torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(0, size, size, 3, dtype=torch.uint8)
+
+    def _decoded(self, row: int, plan: EpochPlan | None) -> np.ndarray:
+        if self._images[row] is None:
+            return np.zeros((self._preprocess.size, self._preprocess.size, 3), np.uint8)
+        picture = decode(read_uri(self._images[row]))
+        if plan is not None and plan.view[row]:
+            picture = augment(picture, np.random.default_rng([self._seed, row, int(plan.view[row])]))
+        return self._preprocess(picture)

@@ -1,0 +1,81 @@
+"""Versions: immutable folders `<kind>/<version>/` of a workspace, visible once their manifest is published."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mixer_platform.errors import StorageError
+from mixer_platform.storage import LocalStorage, Storage
+
+MANIFEST = "manifest.json"
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return 12 hex digits that name the JSON-able `parts`: the same inputs and settings give the same version."""
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def manifest(storage: Storage, kind: str, version: str) -> dict[str, Any] | None:
+    """Return the manifest of a published version, None if it is not (or not yet) published."""
+    key = f"{kind}/{version}/{MANIFEST}"
+    return json.loads(storage.read(key)) if storage.tag(key) else None
+
+
+def publish(storage: Storage, kind: str, version: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Make a version visible, atomically and once: ConflictError if it is published already."""
+    whole = {"version": version, "created_ms": int(time.time() * 1000), **content}
+    storage.publish(f"{kind}/{version}/{MANIFEST}", to_json(whole), replaces=None)
+    return whole
+
+
+def latest(storage: Storage, kind: str) -> str:
+    """Return the newest published version of a kind. Raises StorageError when there is none."""
+    keys = [key for key in storage.list(kind) if key.count("/") == 2 and key.endswith(f"/{MANIFEST}")]
+    published = [json.loads(storage.read(key)) for key in keys]
+    if not published:
+        raise StorageError(f"{storage.uri}/{kind}: nothing is published here; run the job that writes {kind}/ first")
+    return max(published, key=lambda entry: entry["created_ms"])["version"]
+
+
+def require(storage: Storage, kind: str, version: str) -> dict[str, Any]:
+    """Return the manifest of `version` ("latest": the newest). Raises StorageError when it is not published."""
+    if version == "latest":
+        version = latest(storage, kind)
+    found = manifest(storage, kind, version)
+    if found is None:
+        raise StorageError(f"{storage.uri}/{kind}/{version}: no such published version")
+    return found
+
+
+def fetch(storage: Storage, prefix: str, destination: str | Path) -> Path:
+    """Return a local folder with the files below `prefix`: the folder itself, or a copy under `destination`."""
+    if isinstance(storage, LocalStorage):
+        return Path(storage.path(prefix))
+    for key in storage.list(prefix):
+        target = Path(destination) / key
+        if not target.exists():
+            LocalStorage(str(target.parent)).write(target.name, storage.read(key))
+    return Path(destination) / prefix
+
+
+def upload(storage: Storage, folder: Path, prefix: str) -> None:
+    """Copy every file of a local folder below `prefix`."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            storage.write(f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
+
+
+def to_json(content: Mapping[str, Any]) -> bytes:
+    """Return `content` as readable JSON."""
+    return json.dumps(content, indent=1).encode()
+
+
+def read_json(storage: Storage, key: str) -> dict[str, Any]:
+    """Return the JSON object at `key`. Raises StorageError when it is not there."""
+    return json.loads(storage.read(key))

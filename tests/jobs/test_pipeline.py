@@ -1,0 +1,106 @@
+"""The product's whole job as its users run it: `ray job submit` to a real cluster, then HTTP."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import urllib.request
+import uuid
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from moto.server import ThreadedMotoServer
+from PIL import Image, ImageDraw
+
+from mixer_platform.demo.cluster import LocalCluster, processes
+from mixer_platform.simulate.config import ClickConfig, SimulateConfig
+from mixer_platform.simulate.emoji import Thing
+from mixer_platform.simulate.job import build
+
+pytestmark = pytest.mark.slow
+
+
+def thing(number: int) -> Thing:
+    """Draw a thing that no other resembles: a coloured shape with its own number of corners."""
+    rng = np.random.default_rng(number)
+    colour, corners = tuple(int(part) for part in rng.integers(30, 220, 3)), 3 + number % 6
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    ImageDraw.Draw(image).regular_polygon((32, 32, 28), corners, fill=colour, rotation=int(rng.integers(360)))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64"><circle cx="32" cy="32" r="{10 + 2 * corners}" '
+    svg += f'fill="rgb{colour}"/></svg>'
+    return Thing(
+        code=str(number),
+        label=f"thing {number}",
+        tags=(f"corners {corners}",),
+        group=f"group {number % 3}",
+        subgroup=f"subgroup {number % 5}",
+        twitter=file.getvalue(),
+        google=file.getvalue(),
+        openmoji=svg.encode(),
+    )
+
+
+@pytest.fixture(scope="module")
+def marketplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shop") / "data"
+    clicks = ClickConfig(sessions_per_query=12, demand_ratio=3, page_size=6, pool_size=8)
+    build([thing(number) for number in range(24)], SimulateConfig(val_photos=16, clicks=clicks), folder)
+    return folder
+
+
+@pytest.fixture(params=["folder", "s3"])
+def workspace(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if request.param == "folder":
+        yield str(tmp_path / "workspace")
+        return
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    bucket = f"shop-{uuid.uuid4().hex[:8]}"
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    yield f"s3://{bucket}/mixer"
+    server.stop()
+
+
+def test_submitted_jobs_make_an_index_that_is_searched(marketplace: Path, workspace: str, tmp_path: Path) -> None:
+    common = ["--config", "jobs/configs/demo.yaml", f"data={marketplace}", f"workspace={workspace}"]
+    common += ["train.epochs=3", "train.views=1", "index.recall_queries=20"]
+    cluster = LocalCluster(tmp_path / "logs")
+    with cluster:
+        prepared = cluster.submit("prepare", common)
+        for figures in prepared["tables"].values():
+            assert figures["rows_in"] == figures["rows_out"] + sum(figures["quarantined"].values())
+        trained = cluster.submit("train", common)
+        assert [entry["epoch"] for entry in trained["history"]] == [0, 1, 2]
+        indexed = cluster.submit("index", common)
+        assert indexed["recall_at_10"] == 1.0, "Flat is exact"
+        assert indexed["model"] == trained["version"]
+        again = cluster.submit("index", common)
+        assert again["reused"]
+        assert again["version"] == indexed["version"]
+        evaluated = cluster.submit("evaluate", common)
+        assert evaluated["queries"] == 16
+        assert 0 < evaluated["r1"] <= evaluated["r5"] <= 1
+        served = cluster.submit("serve", [*common, "serve.port=0", "serve.keep_up=false"])
+        photo = marketplace / pq.read_table(marketplace / "val.parquet")["image"][0].as_py()
+        body = {"image": base64.b64encode(photo.read_bytes()).decode(), "k": 3}
+        request = urllib.request.Request(
+            f"{served['url']}/v1/search", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            reply = json.load(response)
+        assert len(reply["items"]) == 3
+        assert (reply["model"], reply["index"]) == (trained["version"], indexed["version"])
+        scores = [item["score"] for item in reply["items"]]
+        assert scores == sorted(scores, reverse=True)
+    assert processes(cluster.mark) == [], "the cluster leaves no process behind"

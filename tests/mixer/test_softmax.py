@@ -1,0 +1,182 @@
+"""2 workers = 1 process: loss and every gradient to 1e-5 in fp32, with real processes that talk over gloo."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixer.softmax import ShardedMarginSoftmax, class_range
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+DIM = 8
+
+
+class Case(NamedTuple):
+    """A global batch: how many samples each rank brings, and which classes they are of."""
+
+    classes: int
+    counts: tuple[int, ...]  # a world of 2 uses the first two
+    labels: tuple[int, ...] = ()  # the classes that occur; () for all
+    margin: float = 0.2
+    scale: float = 16.0
+    weights: tuple[float, ...] = (1.0,)  # repeated over the samples
+    seed: int = 0
+
+
+CASES = {
+    "uneven classes and uneven batches": Case(7, (5, 2, 4)),
+    "the first worker has no positives": Case(7, (3, 4, 2), labels=(5, 6)),
+    "the last worker has no positives": Case(7, (3, 4, 2), labels=(0, 1)),
+    "the first worker has an empty batch": Case(10, (0, 6, 3)),
+    "the last workers have empty batches": Case(10, (6, 0, 0)),
+    "no worker has a sample": Case(5, (0, 0, 0)),
+    "more workers than classes": Case(1, (2, 3, 1)),
+    "two classes": Case(2, (2, 3, 1)),
+    "classes of very unequal size": Case(9, (8, 8, 8), labels=(4, 4, 4, 4, 4, 4, 0)),
+    "sample weights": Case(7, (5, 2, 4), weights=(0.1, 2.0, 0.0, 0.7)),
+    "only one sample counts": Case(7, (1, 5, 3), weights=(1.0, *(0.0,) * 8)),
+    "no sample counts": Case(7, (1, 5, 3), weights=(0.0,)),
+    "no margin": Case(6, (3, 1, 2), margin=0.0),
+    "a large scale and margin": Case(6, (3, 1, 2), margin=0.5, scale=64.0),
+}
+
+
+def whole_batch(case: Case, world: int) -> tuple[list[int], Tensor, Tensor, Tensor, Tensor]:
+    """Return each rank's count, and everybody's embeddings, labels, weights and class weights."""
+    generator = torch.Generator().manual_seed(case.seed)
+    counts = list(case.counts[:world])
+    total = sum(counts)
+    embeddings = F.normalize(torch.randn(total, DIM, generator=generator), dim=1)
+    occurring = torch.tensor(case.labels or tuple(range(case.classes)))
+    labels = occurring[torch.randint(len(occurring), (total,), generator=generator)]
+    weights = torch.tensor(case.weights).repeat(total)[:total]
+    return counts, embeddings, labels, weights, torch.randn(case.classes, DIM, generator=generator)
+
+
+def slow_loss(case: Case, embeddings: Tensor, labels: Tensor, weights: Tensor, class_weights: Tensor) -> Tensor:
+    """CosFace written out, in one process."""
+    cosines = embeddings @ (class_weights / class_weights.norm(dim=1, keepdim=True)).T
+    margins = case.margin * F.one_hot(labels, case.classes)
+    losses = F.cross_entropy(case.scale * (cosines - margins), labels, reduction="none")
+    return (losses * weights).sum() / weights.sum() if weights.sum() > 0 else (losses * 0).sum()
+
+
+def run_case(case: Case, world: int, rank: int, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+    """Run one rank's part; its embeddings and its classes only."""
+    counts, embeddings, labels, weights, class_weights = whole_batch(case, world)
+    mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    head = ShardedMarginSoftmax(DIM, case.classes, case.margin, case.scale, group)
+    with torch.no_grad():
+        head.weight.copy_(class_weights[head.owned.start : head.owned.stop])
+    leaf = embeddings[mine].clone().requires_grad_()
+    loss = head(leaf, labels[mine], weights[mine])
+    (3 * loss).backward()
+    assert leaf.grad is not None
+    assert head.weight.grad is not None
+    return {"loss": loss.detach(), "embeddings": leaf.grad / 3, "classes": head.weight.grad / 3}
+
+
+def drawn_weights() -> dict[str, Tensor]:
+    head = ShardedMarginSoftmax(DIM, 7, 0.2, 16.0)
+    head.reset(seed=5)
+    return {"classes": head.weight.detach()}
+
+
+def worker(rank: int, folder: str) -> None:
+    """One of three processes: all cases in a world of 3, then ranks 0 and 1 in a world of 2."""
+    torch.set_num_threads(1)
+    for world in (3, 2):
+        if rank >= world:
+            continue
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/rendezvous-{world}",
+            world_size=world,
+            rank=rank,
+            timeout=datetime.timedelta(seconds=60),
+        )
+        results = {name: run_case(case, world, rank) for name, case in CASES.items()}
+        results["drawn weights"] = drawn_weights()
+        if world == 3:
+            group = dist.new_group([1, 2])
+            if rank > 0:
+                results["subgroup"] = run_case(CASES["sample weights"], 2, rank - 1, group)
+        torch.save(results, f"{folder}/{world}-{rank}.pt")
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, dict[str, Tensor]]]]:
+    """What each rank got, by size of world."""
+    folder = Path(tmp_path_factory.mktemp("gloo"))
+    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=3)
+    return {world: [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)] for world in (2, 3)}
+
+
+def check(case: Case, results: list[dict[str, Tensor]]) -> None:
+    """Compare the ranks' results, joined, with `slow_loss` over the whole batch."""
+    _, embeddings, labels, weights, class_weights = whole_batch(case, len(results))
+    embeddings.requires_grad_()
+    class_weights.requires_grad_()
+    loss = slow_loss(case, embeddings, labels, weights, class_weights)
+    loss.backward()
+    for result in results:
+        torch.testing.assert_close(result["loss"], loss.detach(), **TOLERANCE)
+    for name, expected in (("embeddings", embeddings.grad), ("classes", class_weights.grad)):
+        torch.testing.assert_close(torch.cat([result[name] for result in results]), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("world", [2, 3])
+def test_workers_equal_one_process(ranks, world: int, name: str) -> None:
+    check(CASES[name], [results[name] for results in ranks[world]])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_a_process_group_it_is_the_plain_loss(name: str) -> None:
+    check(CASES[name], [run_case(CASES[name], 1, 0)])
+
+
+def test_the_group_given_is_the_one_used(ranks) -> None:
+    check(CASES["sample weights"], [ranks[3][rank]["subgroup"] for rank in (1, 2)])
+
+
+def test_the_cases_are_what_their_names_say() -> None:
+    """Guards the table above: an uneven case that became even would test nothing."""
+    for world in (2, 3):
+        owned = [set(class_range(7, world, rank)) for rank in range(world)]
+        assert len({len(part) for part in owned}) == 2
+        assert not owned[0] & set(CASES["the first worker has no positives"].labels)
+        assert not owned[-1] & set(CASES["the last worker has no positives"].labels)
+        assert any(not class_range(CASES["more workers than classes"].classes, world, rank) for rank in range(world))
+
+
+def test_drawn_class_weights_do_not_depend_on_the_number_of_workers(ranks) -> None:
+    alone = drawn_weights()["classes"]
+    assert len(alone.unique(dim=0)) == len(alone)
+    for world, results in ranks.items():
+        joined = torch.cat([result["drawn weights"]["classes"] for result in results])
+        assert torch.equal(joined, alone), world
+    head = ShardedMarginSoftmax(DIM, 7, 0.2, 16.0)
+    head.reset(seed=6)
+    assert not torch.equal(head.weight, alone)
+
+
+@pytest.mark.parametrize(("classes", "world"), [(0, 2), (1, 3), (7, 3), (9, 3), (100_000_001, 16)])
+def test_class_ranges_are_a_partition_in_order(classes: int, world: int) -> None:
+    ranges = [class_range(classes, world, rank) for rank in range(world)]
+    assert ranges[0].start == 0
+    assert ranges[-1].stop == classes
+    assert all(a.stop == b.start for a, b in itertools.pairwise(ranges))
+    sizes = [len(part) for part in ranges]
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)

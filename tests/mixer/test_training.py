@@ -1,0 +1,119 @@
+"""Embeddings and gradients of a batch, with or without photos, items, texts or pictures."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mixer.config import ModelConfig
+from mixer.towers import MixerModel, Towers
+from mixer.training import Batch, FrozenTower, WholeModel
+
+PATCHES, IMAGE_WIDTH, TEXT_WIDTH, TOKENS, SIDE = 17, 16, 24, 5, 32
+
+
+def make_batch(photos: int, items: int, pixels: bool, seed: int = 0) -> Batch:
+    """Return a batch in which every second item lacks its picture and every third its text."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.ones(items, TOKENS, dtype=torch.int64)
+    mask[::3] = 0
+
+    def pictures(n: int) -> Tensor:
+        return torch.randint(0, 256, (n, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator)
+
+    return Batch(
+        photos=pictures(photos) if pixels else torch.randn(photos, IMAGE_WIDTH, generator=generator).half(),
+        pictures=pictures(items) if pixels else torch.randn(items, PATCHES, IMAGE_WIDTH, generator=generator).half(),
+        has_image=torch.arange(items) % 2 == 0,
+        tokens=torch.randint(5, 15, (items, TOKENS), generator=generator)
+        if pixels
+        else torch.randn(items, TOKENS, TEXT_WIDTH, generator=generator).half(),
+        token_mask=mask,
+        labels=torch.zeros(photos + items, dtype=torch.int64),
+        weights=torch.ones(photos + items),
+    )
+
+
+@pytest.fixture(params=["frozen", "whole"])
+def tower(request: pytest.FixtureRequest, tiny_config: ModelConfig) -> nn.Module:
+    torch.manual_seed(0)
+    if request.param == "frozen":
+        return FrozenTower(Towers(tiny_config, IMAGE_WIDTH, TEXT_WIDTH))
+    return WholeModel(MixerModel(tiny_config.model_copy(update={"train_from_block": 1})))
+
+
+def batch_for(tower: nn.Module, photos: int, items: int) -> Batch:
+    return make_batch(photos, items, pixels=isinstance(tower, WholeModel))
+
+
+@torch.no_grad()
+def test_photos_come_first_and_parts_do_not_mix(tower: nn.Module) -> None:
+    batch = batch_for(tower, 3, 4)
+    found = tower(batch)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.norm(dim=1), torch.ones(7))
+    nothing = slice(0, 0)
+    of_items = ("pictures", "has_image", "tokens", "token_mask")
+    parts = {field.name: getattr(batch, field.name) for field in fields(Batch)}
+    only_photos = Batch(**{name: value[nothing] if name in of_items else value for name, value in parts.items()})
+    only_items = Batch(**{name: value[nothing] if name == "photos" else value for name, value in parts.items()})
+    torch.testing.assert_close(tower(only_photos), found[:3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(tower(only_items), found[3:], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_they_equal_the_models_own_embeddings(tiny_model: MixerModel) -> None:
+    batch = make_batch(3, 4, pixels=True)
+    queries = tiny_model.embed_queries(batch.photos)
+    items = tiny_model.embed_items(batch.pictures, batch.has_image, batch.tokens, batch.token_mask)
+    expected = torch.cat([queries, items])
+    torch.testing.assert_close(WholeModel(tiny_model)(batch), expected, rtol=1e-4, atol=1e-5)
+
+    patches = tiny_model.image_encoder(torch.cat([batch.photos, batch.pictures]))
+    cached = Batch(
+        photos=tiny_model.towers.pool(patches[:3]),
+        pictures=patches[3:],
+        has_image=batch.has_image,
+        tokens=tiny_model.text_encoder(batch.tokens, batch.token_mask),
+        token_mask=batch.token_mask,
+        labels=batch.labels,
+        weights=batch.weights,
+    )
+    torch.testing.assert_close(FrozenTower(tiny_model.towers)(cached), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("photos", "items"), [(2, 0), (0, 2), (0, 0), (3, 1)])
+def test_every_trained_parameter_gets_a_gradient_whatever_the_batch_holds(
+    tower: nn.Module, photos: int, items: int
+) -> None:
+    embeddings = tower.train()(batch_for(tower, photos, items))
+    assert embeddings.shape == (photos + items, 12)
+    embeddings[:, 0].sum().backward()
+    for name, parameter in tower.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter.grad is None, name
+            continue
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        nothing_to_learn = (
+            photos + items == 0
+            or (photos == 0 and "query_transform" in name)
+            or (items == 0 and ("item_transform" in name or "fusion" in name or "missing" in name))
+        )
+        if nothing_to_learn:
+            assert not parameter.grad.any(), name
+    if photos:
+        assert any(p.grad.any() for name, p in tower.named_parameters() if name.endswith("query_transform.weight"))
+
+
+def test_half_precision_towers_take_half_precision_features(tiny_config: ModelConfig) -> None:
+    tower = FrozenTower(Towers(tiny_config, IMAGE_WIDTH, TEXT_WIDTH)).to(torch.bfloat16)
+    assert tower(make_batch(2, 2, pixels=False)).dtype == torch.bfloat16
+
+
+def test_a_batch_moves_as_a_whole() -> None:
+    moved = make_batch(2, 2, pixels=False).to(torch.device("meta"))
+    assert {getattr(moved, field.name).device.type for field in fields(Batch)} == {"meta"}

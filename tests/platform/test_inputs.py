@@ -1,0 +1,163 @@
+"""Files that people bring, good and bad."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mixer_platform.errors import InputError
+from mixer_platform.inputs import RAW, REASON, find_file, find_input, mark_rows, read_input
+from mixer_platform.inputs import _parse_lines as parse_lines
+from mixer_platform.schema import ITEMS, LOGS, QUERIES, TRUTH
+
+QUERY_ROWS = [{"query_id": "a", "image": "p/a.png"}, {"query_id": "b", "image": "/p/b.png"}]
+QUERY_ROWS += [{"query_id": "c", "image": "s3://b/c.png"}, {"query_id": "d", "image": None}, {"image": "p/e.png"}]
+
+
+def write_queries(path: Path, rows: list[dict] = QUERY_ROWS) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows, QUERIES.columns), path)
+    else:
+        path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
+
+
+def said(data: Path, table=QUERIES) -> str:  # type: ignore[no-untyped-def]
+    with pytest.raises(InputError) as error:
+        find_input(str(data), table)
+    assert "\n" not in str(error.value)
+    return str(error.value).replace(f"{data}", "DATA")
+
+
+def marked(lines: list[Any], table=LOGS) -> list[dict[str, Any]]:  # type: ignore[no-untyped-def]
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    return mark_rows(pa.table({"text": texts}), table, "/d", lambda batch: parse_lines(batch, table)).to_pylist()
+
+
+def test_no_folder_no_file_and_an_empty_folder(tmp_path: Path) -> None:
+    assert said(tmp_path / "none").startswith("DATA: no such folder; data= names the folder")
+    sought = "DATA/queries: not found; expected queries.parquet, .jsonl, .jsonl.gz or a folder of such"
+    assert said(tmp_path) == sought
+    (tmp_path / "queries").mkdir()
+    assert said(tmp_path) == sought
+    (tmp_path / "queries/readme.txt").write_text("")
+    assert said(tmp_path) == sought
+
+
+def test_mixed_endings(tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries/a.parquet")
+    write_queries(tmp_path / "queries/b.jsonl")
+    assert said(tmp_path) == "DATA/queries: mixes .jsonl and .parquet; keep one kind of file a table"
+    write_queries(tmp_path / "queries.jsonl")
+    write_queries(tmp_path / "queries.jsonl.gz")
+    assert said(tmp_path) == "DATA/queries: mixes .jsonl and .jsonl.gz; keep one kind of file a table"
+
+
+def test_a_truncated_parquet_file_is_named(tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries/a.parquet")
+    write_queries(tmp_path / "queries/b.parquet")
+    whole = (tmp_path / "queries/b.parquet").read_bytes()
+    (tmp_path / "queries/b.parquet").write_bytes(whole[: len(whole) // 2])
+    assert said(tmp_path).startswith("DATA/queries/b.parquet: not a whole Parquet file (")
+    (tmp_path / "queries/b.parquet").write_bytes(b"")
+    assert said(tmp_path).startswith("DATA/queries/b.parquet: not a whole Parquet file (")
+
+
+def test_every_parquet_file_must_keep_the_contract(tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries/a.parquet")
+    pq.write_table(pa.table({"query_id": [1], "image": ["x"]}), tmp_path / "queries/b.parquet")
+    assert said(tmp_path) == "DATA/queries/b.parquet: column query_id is int64, expected string; cast it and try again"
+    pq.write_table(pa.table({"query_id": ["1"]}), tmp_path / "queries/b.parquet")
+    assert said(tmp_path).startswith("DATA/queries/b.parquet: column image is missing; queries needs")
+
+
+def test_one_named_file(tmp_path: Path) -> None:
+    pq.write_table(TRUTH.columns.empty_table(), tmp_path / "val.parquet")
+    assert find_file(f"{tmp_path}/val.parquet", TRUTH).paths == [f"{tmp_path}/val.parquet"]
+    with pytest.raises(InputError, match=r"test.parquet: not found"):
+        find_file(f"{tmp_path}/test.parquet", TRUTH)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("name", ["queries.parquet", "queries.jsonl", "queries/x.jsonl", "queries.jsonl.gz"])
+def test_each_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
+    write_queries(tmp_path / name)
+    rows = {row["query_id"]: row for row in read_input(find_input(str(tmp_path), QUERIES)).take_all()}
+    assert {key: (row["image"], row[REASON]) for key, row in rows.items()} == {
+        "a": (f"{tmp_path}/p/a.png", None),
+        "b": ("/p/b.png", None),
+        "c": ("s3://b/c.png", None),
+        "d": (None, "image is missing"),
+        None: (f"{tmp_path}/p/e.png", "query_id is missing"),
+    }
+    assert rows["a"][RAW] is None
+    assert json.loads(rows["d"][RAW]) == {"query_id": "d", "image": None}
+    assert json.loads(rows[None][RAW])["image"] == "p/e.png"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_attributes_may_be_null_or_missing_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "items").mkdir()
+    parts = [{"item_id": ["a"], "colour": pa.nulls(1), "price": [1.5]}, {"item_id": ["b"], "colour": ["red"]}]
+    for name, columns in zip("01", parts, strict=True):
+        pq.write_table(pa.table(columns), tmp_path / f"items/{name}.parquet")
+    found = read_input(find_input(str(tmp_path), ITEMS)).repartition(1).take_all()
+    rows = {row["item_id"]: (row.get("colour"), row.get("price"), row[REASON]) for row in found}
+    assert rows == {"a": (None, 1.5, None), "b": ("red", None, None)}
+
+
+def test_broken_json_lines_are_kept_as_they_came() -> None:
+    rows = marked(['{"query_id": "a", ', "[1]", "3", "null", {"query_id": "q", "image": "x"}], QUERIES)
+    assert [row[REASON] for row in rows] == ["not a JSON object"] * 4 + [None]
+    assert [row[RAW] for row in rows] == ['{"query_id": "a", ', "[1]", "3", "null", None]
+    assert rows[-1]["image"] == "/d/x"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"timestamp_ms": "5"}, "timestamp_ms is not of type int64"),
+        ({"timestamp_ms": True}, "timestamp_ms is not of type int64"),
+        ({"timestamp_ms": 2**70}, "timestamp_ms is not of type int64"),
+        ({"timestamp_ms": 5.0}, None),
+        ({"position": 2**31}, "position is missing"),
+        ({"position": 3.0}, None),
+        ({"item_id": 7}, "item_id is not of type string"),
+        ({"item_id": None}, "item_id is missing"),
+        ({"dwell_ms": "long"}, "dwell_ms is not of type int64"),
+        ({"dwell_ms": None}, None),
+        ({"another": {"deep": 1}}, None),
+    ],
+)
+def test_a_json_value_of_another_type_is_named_and_kept(change: dict, reason: str | None) -> None:
+    sound = {"event_id": "e", "timestamp_ms": 5, "session_id": "s", "query_id": "q", "item_id": "i", "position": 0}
+    sound |= {"event": "click"}
+    first, second = marked([sound, sound | change])
+    assert (first[REASON], first[RAW]) == (None, None)
+    assert second[REASON] == reason
+    assert second[RAW] == (json.dumps(sound | change) if reason else None)
+
+
+def test_json_attributes_have_one_type() -> None:
+    rows = marked(
+        [{"item_id": "a", "size": 3}, {"item_id": "b", "size": "L"}, {"item_id": "c", "colour": "red"}], ITEMS
+    )
+    assert [(row["size"], row["colour"]) for row in rows] == [("3", None), ("L", None), (None, "red")]
+
+
+def test_json_lists_hold_strings() -> None:
+    rows = marked([{"query_id": "a", "image": "x", "relevant_item_ids": ids} for ids in (["i"], [1], "i")], TRUTH)
+    assert [row[REASON] for row in rows] == [None] + ["relevant_item_ids is not of type list<item: string>"] * 2
+
+
+def test_a_raw_parquet_row_keeps_what_json_cannot() -> None:
+    table = pa.table({"item_id": [""], "added": pa.array([1], pa.timestamp("s")), "blob": [b"\xff"]})
+    (row,) = mark_rows(table, ITEMS, "/d").to_pylist()
+    assert json.loads(row[RAW])["added"] == "1970-01-01 00:00:01"

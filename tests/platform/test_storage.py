@@ -1,0 +1,182 @@
+"""One contract, whatever the workspace is on."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from pathlib import Path
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mixer_platform.errors import ConflictError, StorageError
+from mixer_platform.storage import LocalStorage, Storage, open_storage, read_uri, resolve_uri
+
+
+def test_what_is_written_is_read(storage: Storage) -> None:
+    storage.write("a/b.bin", b"one")
+    storage.write("a/b.bin", b"two")
+    assert storage.read("a/b.bin") == b"two"
+
+
+def test_list_gives_the_keys_below_a_folder_only(storage: Storage) -> None:
+    for key in ("a/1", "a/b/2", "ab/3", "4"):
+        storage.write(key, key.encode())
+    assert sorted(storage.list("a")) == ["a/1", "a/b/2"]
+    assert sorted(storage.list("")) == ["4", "a/1", "a/b/2", "ab/3"]
+    assert storage.list("nothing") == {}
+
+
+def test_tags_change_when_content_does(storage: Storage) -> None:
+    assert storage.tag("a/key") is None
+    storage.write("a/key", b"one")
+    first, listed = storage.tag("a/key"), storage.list("a")
+    storage.write("a/key", b"other")
+    assert storage.tag("a/key") not in (None, first)
+    assert storage.list("a") != listed
+    storage.write("a/key", b"one")
+    assert storage.tag("a/key") == first
+
+
+def test_delete_takes_a_folder_and_nothing_beside_it(storage: Storage) -> None:
+    for key in ("a/1", "a/b/2", "ab/3"):
+        storage.write(key, b"")
+    storage.delete("a")
+    storage.delete("nothing")
+    assert sorted(storage.list("")) == ["ab/3"]
+    assert storage.tag("a/1") is None
+
+
+def test_a_missing_key_is_one_sentence_with_its_address(storage: Storage) -> None:
+    with pytest.raises(StorageError) as error:
+        storage.read("no/such")
+    assert str(error.value).startswith(f"{storage.uri}/no/such: ")
+    assert "\n" not in str(error.value)
+
+
+def test_publish_is_a_compare_and_swap(storage: Storage) -> None:
+    storage.publish("CURRENT", b"1", replaces=None)
+    with pytest.raises(ConflictError, match="CURRENT: somebody else published first"):
+        storage.publish("CURRENT", b"2", replaces=None)
+    first = storage.tag("CURRENT")
+    storage.publish("CURRENT", b"2", replaces=first)
+    with pytest.raises(ConflictError):
+        storage.publish("CURRENT", b"3", replaces=first)
+    with pytest.raises(ConflictError):
+        storage.publish("NEVER", b"3", replaces=first)
+    assert storage.read("CURRENT") == b"2"
+    assert sorted(storage.list("")) == ["CURRENT"], "no lock or staged file is seen"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_many_who_publish_at_once_exactly_one_wins(storage: Storage, first: bool) -> None:
+    for round_ in range(3):
+        key, replaces = f"CURRENT-{round_}", None
+        if not first:
+            storage.write(key, b"before")
+            replaces = storage.tag(key)
+        start, won, lost = threading.Barrier(6), [], []
+
+        def publish(number: int, key=key, replaces=replaces, start=start, won=won, lost=lost) -> None:  # type: ignore[no-untyped-def]
+            start.wait()
+            try:
+                storage.publish(key, f"{number}".encode(), replaces)
+            except ConflictError:
+                lost.append(number)
+            else:
+                won.append(number)
+
+        threads = [threading.Thread(target=publish, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(won), len(lost)) == (1, 5)
+        assert storage.read(key) == f"{won[0]}".encode()
+
+
+def test_no_half_written_file_is_seen(storage: Storage) -> None:
+    """A reader meets the old bytes or the new, and the folder holds no other key, while a writer writes."""
+    old, new = b"0" * 2_000_000, b"1" * 2_000_000
+    storage.write("f/key", old)
+    done = threading.Event()
+
+    def write() -> None:
+        for n in range(6):
+            storage.write("f/key", old if n % 2 else new)
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    while not done.is_set():
+        assert storage.read("f/key") in (old, new)
+        assert list(storage.list("f")) == ["f/key"]
+    writer.join()
+
+
+def test_a_failed_write_leaves_the_old_bytes_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = LocalStorage(str(tmp_path))
+    storage.write("key", b"old")
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(StorageError, match=r"/key: No space left on device$"):
+        storage.write("key", b"new")
+    assert storage.read("key") == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_arrow_reads_what_storage_wrote_and_the_reverse(storage: Storage) -> None:
+    table = pa.table({"a": [1, 2]})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    storage.write("t/x.parquet", sink.getvalue().to_pybytes())
+    assert pq.read_table(storage.path("t/x.parquet"), filesystem=storage.filesystem) == table
+    pq.write_table(table, storage.path("t/y.parquet"), filesystem=storage.filesystem)
+    assert sorted(storage.list("t")) == ["t/x.parquet", "t/y.parquet"]
+    assert pq.read_table(pa.BufferReader(storage.read("t/y.parquet"))) == table
+
+
+def test_storage_travels_to_other_processes(storage: Storage) -> None:
+    storage.write("key", b"bytes")
+    assert pickle.loads(pickle.dumps(storage)).read("key") == b"bytes"
+
+
+def test_pictures_are_read_by_uri(storage: Storage) -> None:
+    storage.write("pictures/a b.png", b"bytes")
+    assert read_uri(resolve_uri("pictures/a b.png", storage.uri)) == b"bytes"
+    assert resolve_uri("s3://b/k.png", storage.uri) == "s3://b/k.png"
+    assert resolve_uri("/k.png", storage.uri) == "/k.png"
+    with pytest.raises(StorageError):
+        read_uri(resolve_uri("pictures/none.png", storage.uri))
+
+
+def test_a_long_list_is_whole(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")  # S3 gives 1000 at once
+    storage = open_storage(f"s3://{s3}")
+    for n in range(7):
+        storage.write(f"many/{n}", b"")
+    assert len(boto3.client("s3").list_objects_v2(Bucket=s3)["Contents"]) == 3
+    assert len(storage.list("many")) == 7
+
+
+def test_a_bucket_that_is_not_there_is_one_sentence(s3: str) -> None:
+    with pytest.raises(StorageError) as error:
+        open_storage("s3://no-such-bucket/prefix")
+    assert str(error.value) == "s3://no-such-bucket: the bucket does not exist: create it"
+
+
+def test_a_service_that_does_not_answer_is_one_sentence(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(StorageError, match=r'^s3://b: Could not connect to the endpoint URL: "http://127.0.0.1:9/b"$'):
+        open_storage("s3://b/prefix")
+
+
+def test_other_schemes_are_refused() -> None:
+    with pytest.raises(StorageError, match=r"^gs://b/p: a workspace is a folder or s3://bucket/prefix"):
+        open_storage("gs://b/p")

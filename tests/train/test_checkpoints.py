@@ -1,0 +1,74 @@
+"""Checkpoints know class ranges, not ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixer.softmax import class_range
+from mixer_platform.storage import LocalStorage
+from mixer_platform.train.checkpoints import Checkpoints
+
+DIM = 3
+
+
+def rows_of(classes: int, owned: range) -> dict[str, torch.Tensor]:
+    whole = torch.arange(classes * DIM, dtype=torch.float32).view(classes, DIM)
+    return {"weight": whole[owned.start : owned.stop], "exp_avg": -whole[owned.start : owned.stop]}
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Checkpoints:
+    return Checkpoints(LocalStorage(str(tmp_path)), "run")
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7, 12])
+@pytest.mark.parametrize("writers", [1, 2, 3, 5])
+@pytest.mark.parametrize("readers", [1, 2, 4, 5])
+def test_written_by_n_read_by_m(checkpoints: Checkpoints, classes: int, writers: int, readers: int) -> None:
+    for rank in range(writers):
+        owned = class_range(classes, writers, rank)
+        checkpoints.write_classes(3, owned, rows_of(classes, owned))
+    for rank in range(readers):
+        owned = class_range(classes, readers, rank)
+        found = checkpoints.read_classes(3, owned)
+        for name, wanted in rows_of(classes, owned).items():
+            assert torch.equal(found[name], wanted)
+
+
+def test_ranges_of_any_size(checkpoints: Checkpoints) -> None:
+    for start, stop in ((0, 1), (1, 9), (9, 10)):
+        checkpoints.write_classes(0, range(start, stop), rows_of(10, range(start, stop)))
+    for owned in (range(0, 10), range(0, 5), range(8, 10), range(3, 4), range(10, 10)):
+        assert torch.equal(checkpoints.read_classes(0, owned)["weight"], rows_of(10, owned)["weight"])
+
+
+def test_nothing_is_seen_before_it_is_published(checkpoints: Checkpoints) -> None:
+    assert checkpoints.latest() is None
+    checkpoints.write_classes(0, range(2), rows_of(2, range(2)))
+    checkpoints.write_towers(0, {"a": torch.ones(2), "exp_avg:a": torch.zeros(2)})
+    assert checkpoints.latest() is None
+    checkpoints.publish(0, {"step": 4})
+    assert checkpoints.latest() == {"epoch": 0, "step": 4}
+    checkpoints.write_towers(1, {"a": torch.ones(2)})
+    assert checkpoints.latest() == {"epoch": 0, "step": 4}
+    assert checkpoints.read_towers(0).keys() == {"a", "exp_avg:a"}
+
+
+def test_the_last_two_are_kept(checkpoints: Checkpoints) -> None:
+    for epoch in (8, 9, 10, 11):
+        checkpoints.write_classes(epoch, range(2), rows_of(2, range(2)))
+        checkpoints.write_towers(epoch, {"a": torch.full((1,), float(epoch))})
+        checkpoints.publish(epoch, {"step": epoch})
+    state = checkpoints.latest()
+    assert state is not None
+    assert state["epoch"] == 11
+    assert {key.split("/")[2] for key in checkpoints.storage.list("runs")} == {"epoch-00010", "epoch-00011"}
+    assert checkpoints.read_towers(10)["a"].item() == 10
+
+
+def test_runs_are_apart(checkpoints: Checkpoints) -> None:
+    checkpoints.publish(0, {"step": 1})
+    assert Checkpoints(checkpoints.storage, "run2").latest() is None

@@ -1,0 +1,189 @@
+"""Workers must add up: the same global batches give the same model, whatever the number of processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+from mixer.config import ModelConfig
+from mixer.softmax import ShardedMarginSoftmax
+from mixer.towers import Towers
+from mixer.training import Batch, FrozenTower
+from mixer_platform.config import TrainConfig
+from mixer_platform.storage import open_storage
+from mixer_platform.train.checkpoints import Checkpoints
+
+STEPS, CLASSES, PHOTOS, ITEMS = 6, 7, 10, 8
+IMAGE_WIDTH, TEXT_WIDTH = 12, 8
+# ZeRO stage, precision and the softmax's scale. A small one keeps gradients below the clipping norm, which would hide
+# a wrong factor; a large one has them clipped.
+MODES = {
+    "zero0": (0, "fp32", 0.5),
+    "zero1": (1, "fp32", 0.5),
+    "zero2": (2, "fp32", 0.5),
+    "zero0-clipped": (0, "fp32", 8.0),
+    "zero2-clipped": (2, "fp32", 8.0),
+    "zero1-bf16": (1, "bf16", 0.5),  # the last: DeepSpeed's autocast is a setting of the process
+}
+STOPS = [2, 4, STEPS]  # 2 workers, then 1, then 3
+
+# The rows of each worker of two in each step: uneven, without photos (< PHOTOS), without items, without anything.
+PARTS = [
+    [[0, 1, 2, 10, 11], [3, 12]],
+    [[13, 14, 15], [4, 5, 16]],
+    [[6, 17, 10], [7, 8, 9]],
+    [[0, 3, 11, 12, 5], []],
+    [[15, 16, 17], [2, 4, 6, 8]],
+    [[9], [1, 13, 14, 10, 7, 17]],
+]
+
+
+def make_trainer(zero_stage: int, precision: str, scale: float, restored: bool = False) -> Any:
+    from mixer_platform.train.engine import HybridTrainer
+
+    torch.manual_seed(0)
+    architecture = ModelConfig(dim=8, concepts=2, concept_dim=8, heads=2)
+    towers = Towers(architecture, IMAGE_WIDTH, TEXT_WIDTH)
+    if not restored:  # a checkpoint brings the features' mean itself
+        towers.fit_features(torch.randn(50, IMAGE_WIDTH) + 1)
+    head = ShardedMarginSoftmax(architecture.dim, CLASSES, margin=0.2, scale=scale)
+    head.reset(0)
+    config = TrainConfig(zero_stage=zero_stage, precision=precision, tower_lr=0.02, classifier_lr=0.05, warmup=0.3)
+    return HybridTrainer(FrozenTower(towers), head, config, STEPS)
+
+
+def make_batch(rows: list[int]) -> Batch:
+    rng = np.random.default_rng(1)
+    photos = torch.from_numpy(rng.normal(size=(PHOTOS, IMAGE_WIDTH)).astype(np.float32))
+    pictures = torch.from_numpy(rng.normal(size=(ITEMS, 3, IMAGE_WIDTH)).astype(np.float32))
+    tokens = torch.from_numpy(rng.normal(size=(ITEMS, 4, TEXT_WIDTH)).astype(np.float32))
+    token_mask = torch.from_numpy(rng.integers(0, 2, (ITEMS, 4)))
+    token_mask[2] = 0
+    has_image = torch.arange(ITEMS) != 5
+    labels = torch.from_numpy(rng.integers(0, CLASSES, PHOTOS + ITEMS))
+    weights = torch.from_numpy(rng.uniform(0.2, 1.0, PHOTOS + ITEMS).astype(np.float32))
+    queries = torch.tensor([row for row in rows if row < PHOTOS], dtype=torch.int64)
+    items = torch.tensor([row - PHOTOS for row in rows if row >= PHOTOS], dtype=torch.int64)
+    order = torch.cat([queries, items + PHOTOS])
+    return Batch(
+        photos[queries], pictures[items], has_image[items], tokens[items], token_mask[items], labels[order],
+        weights[order],
+    )  # fmt: skip
+
+
+def part_of(step: int, world: int, rank: int) -> Batch:
+    parts = PARTS[step]
+    if world == 2:
+        return make_batch(parts[rank])
+    return make_batch([row for part in parts for row in part][rank::world])
+
+
+def run_steps(trainer: Any, start: int, stop: int, world: int, rank: int) -> list[float]:
+    return [trainer.step(part_of(step, world, rank)) for step in range(start, stop)]
+
+
+def whole_state(trainer: Any, checkpoints: Checkpoints, steps: int, losses: list[float]) -> None:
+    """Write a checkpoint the way the loop does."""
+    towers = trainer.tower_state()
+    checkpoints.write_classes(steps, trainer.head.owned, trainer.head_state())
+    if dist.get_rank() == 0:
+        checkpoints.write_towers(steps, towers)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        checkpoints.publish(steps, {"step": trainer.step_count, "losses": losses}, keep=9)
+    dist.barrier()
+
+
+def worker(rank: int, world: int, port: int, folder: str) -> None:
+    """One process of `world`: every mode without a break, then this world's leg of the interrupted run."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    storage = open_storage(folder)
+    for mode, settings in MODES.items():
+        if world < 3:
+            trainer = make_trainer(*settings)
+            losses = run_steps(trainer, 0, STEPS, world, rank)
+            whole_state(trainer, Checkpoints(storage, f"{mode}-whole-{world}"), STEPS, losses)
+        leg = {2: 0, 1: 1, 3: 2}[world]
+        checkpoints = Checkpoints(storage, f"{mode}-broken")
+        losses = []
+        state = checkpoints.latest()
+        trainer = make_trainer(*settings, restored=state is not None)
+        if state:
+            epoch, losses = state["epoch"], state["losses"]
+            trainer.load_tower_state(checkpoints.read_towers(epoch), state["step"])
+            trainer.load_head_state(checkpoints.read_classes(epoch, trainer.head.owned), state["step"])
+        losses = losses + run_steps(trainer, [0, *STOPS][leg], STOPS[leg], world, rank)
+        whole_state(trainer, checkpoints, STOPS[leg], losses)
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every run of this file: with 2 processes, then 1, then 3."""
+    folder = tmp_path_factory.mktemp("runs")
+    for world in (2, 1, 3):
+        torch.multiprocessing.spawn(worker, (world, free_port(), str(folder)), nprocs=world)
+    return folder
+
+
+def read(folder: Path, run: str) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Return the loss of each step and all towers, classes and moments at the end."""
+    checkpoints = Checkpoints(open_storage(str(folder)), run)
+    state = checkpoints.latest()
+    assert state is not None
+    assert state["step"] == STEPS
+    rows = checkpoints.read_classes(STEPS, range(CLASSES))
+    classes = {f"classes.{name}": value for name, value in rows.items()}
+    return state["losses"], checkpoints.read_towers(STEPS) | classes
+
+
+def assert_equal(found: tuple, wanted: tuple, tolerance: float) -> None:
+    np.testing.assert_allclose(found[0], wanted[0], rtol=tolerance, atol=tolerance)
+    assert found[1].keys() == wanted[1].keys()
+    for name, value in wanted[1].items():
+        if name.endswith("key.bias"):
+            continue  # the softmax takes it out again: its gradient is rounding noise, which Adam makes large
+        torch.testing.assert_close(
+            found[1][name], value, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("mode", ["zero0", "zero1", "zero2", "zero0-clipped", "zero2-clipped"])
+def test_two_processes_equal_one(runs: Path, mode: str) -> None:
+    assert_equal(read(runs, f"{mode}-whole-2"), read(runs, f"{mode}-whole-1"), 1e-5)
+    plain = mode.replace(mode[:5], "zero0")
+    assert_equal(read(runs, f"{mode}-whole-2"), read(runs, f"{plain}-whole-1"), 1e-5)
+
+
+def test_two_processes_equal_one_in_bf16(runs: Path) -> None:
+    assert_equal(read(runs, "zero1-bf16-whole-2"), read(runs, "zero1-bf16-whole-1"), 0.05)
+    np.testing.assert_allclose(read(runs, "zero1-bf16-whole-2")[0], read(runs, "zero0-whole-1")[0], rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("mode", "tolerance"), [("zero0", 1e-5), ("zero1", 1e-5), ("zero2", 1e-5), ("zero1-bf16", 0.05)]
+)
+def test_two_then_one_then_three_processes_equal_an_unbroken_run(runs: Path, mode: str, tolerance: float) -> None:
+    assert_equal(read(runs, f"{mode}-broken"), read(runs, f"{mode}-whole-1"), tolerance)
+
+
+def test_the_run_learns_every_parameter(runs: Path) -> None:
+    _, state = read(runs, "zero0-whole-1")
+    unmoved = [name for name, value in state.items() if name.startswith("exp_avg_sq:") and not value.any()]
+    assert unmoved == [], "no gradient reached these"

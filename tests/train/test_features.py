@@ -1,0 +1,148 @@
+"""Cached features must be what the encoders say of each picture and text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mixer.config import ModelConfig
+from mixer.export import export_encoders
+from mixer.images import decode
+from mixer.sampling import EpochPlan
+from mixer.towers import MixerModel
+from mixer_platform.storage import open_storage
+from mixer_platform.train.features import FeatureSamples, FeatureWorker
+from mixer_platform.train.pictures import PictureSamples
+
+VIEWS = 3
+PHOTOS, ITEMS = 12, 6
+
+
+@pytest.fixture
+def samples(workspace: Path) -> list[dict]:
+    """The samples, photos first, each kind by id: the order of the rows in training."""
+    rows = pq.read_table(workspace / "samples/v1/train").to_pylist()
+    return sorted(rows, key=lambda row: (row["kind"] != "query", row["sample_id"]))
+
+
+@pytest.fixture(params=["mean", "first"])
+def model(request: pytest.FixtureRequest, architecture: ModelConfig) -> MixerModel:
+    return MixerModel(architecture.model_copy(update={"pooling": request.param})).eval()
+
+
+@pytest.fixture
+def cached(workspace: Path, model: MixerModel) -> FeatureSamples:
+    (workspace / "features/f/encoders").mkdir(parents=True)
+    (workspace / "features/f/rows").mkdir()
+    export_encoders(model, workspace / "features/f/encoders")
+    worker = FeatureWorker(str(workspace), "features/f/encoders", model.config.pooling, VIEWS, seed=0)
+    for name in ("0", "1"):
+        rows = worker(pq.read_table(workspace / f"samples/v1/train/{name}.parquet"))
+        pq.write_table(rows, workspace / f"features/f/rows/{name}.parquet")
+    return FeatureSamples(open_storage(str(workspace)), "f", (16, 16), VIEWS, model.config.max_tokens)
+
+
+def plan(view: int = 0, drop_text: bool = False, drop_image: bool = False) -> EpochPlan:
+    count = PHOTOS + ITEMS
+    return EpochPlan(
+        np.arange(count), np.full(count, view), np.full(count, drop_text), np.full(count, drop_image)
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_batches_hold_the_encoders_features(cached: FeatureSamples, model: MixerModel, samples: list[dict]) -> None:
+    rows = np.array([14, 3, 12, 0, 15, 17])
+    batch = cached.batch(rows, plan())
+    order = [3, 0, 14, 12, 15, 17]  # photos first
+    assert cached.ids == [row["sample_id"] for row in samples]
+    assert batch.labels.tolist() == [samples[row]["class_id"] for row in order]
+    torch.testing.assert_close(batch.weights, torch.tensor([samples[row]["weight"] for row in order]))
+
+    def patches(row: int) -> torch.Tensor:
+        pixels = model.image_encoder.preprocess(decode(Path(samples[row]["image"]).read_bytes()))
+        return model.image_encoder(torch.from_numpy(pixels.copy())[None])
+
+    close = {"rtol": 2e-3, "atol": 2e-3}  # they are cached in half precision
+    for place, row in enumerate(order[:2]):
+        torch.testing.assert_close(batch.photos[place].float(), model.towers.pool(patches(row))[0], **close)
+    for place, row in enumerate(order[2:]):
+        sample = samples[row]
+        assert batch.has_image[place] == (sample["image"] is not None)
+        if sample["image"]:
+            torch.testing.assert_close(batch.pictures[place].float(), patches(row)[0], **close)
+        ids, mask = model.text_encoder.tokenizer([sample["text"]])
+        count = mask.sum()
+        assert batch.token_mask[place].tolist() == [1] * count + [0] * (8 - count)
+        if count:
+            tokens = model.text_encoder(torch.from_numpy(ids), torch.from_numpy(mask))[0]
+            torch.testing.assert_close(batch.tokens[place, :count].float(), tokens, **close)
+    missing = [(row["sample_id"], row["image"] is None, row["text"] is None) for row in samples[PHOTOS:]]
+    assert [entry for entry in missing if any(entry[1:])] == [("item-0-4", True, False), ("item-1-5", False, True)]
+
+
+def test_views_differ_and_are_drawn_from_seed_and_sample_alone(cached: FeatureSamples, workspace: Path) -> None:
+    rows = np.arange(PHOTOS + ITEMS)
+    plain, other = cached.batch(rows, plan()), cached.batch(rows, plan(view=2))
+    assert (plain.photos - other.photos).abs().amax(dim=1).min() > 0
+    worker = FeatureWorker(str(workspace), "features/f/encoders", "mean", VIEWS, seed=0)
+    table = pq.read_table(workspace / "samples/v1/train")
+    one, reverse = worker(table), worker(table.take(pa.array(range(len(table) - 1, -1, -1))))
+    assert one["views"].to_pylist() == reverse["views"].to_pylist()[::-1]
+
+
+def test_dropouts_hide_text_or_picture_but_never_both(cached: FeatureSamples) -> None:
+    rows = np.arange(PHOTOS, PHOTOS + ITEMS)  # the first has no picture, the fourth no text
+    full = cached.batch(rows, plan())
+    assert full.has_image.tolist() == [False, True, True, True, True, True]
+    assert full.token_mask.any(dim=1).tolist() == [True, True, True, False, True, True]
+    untold = cached.batch(rows, plan(drop_text=True))
+    assert untold.token_mask.any(dim=1).tolist() == [True] + [False] * 5
+    assert untold.has_image.tolist() == full.has_image.tolist()
+    unseen = cached.batch(rows, plan(drop_image=True))
+    assert unseen.has_image.tolist() == [False, False, False, True, False, False]
+    assert unseen.token_mask.any(dim=1).tolist() == full.token_mask.any(dim=1).tolist()
+    assert cached.batch(rows, plan()).token_mask.sum() == full.token_mask.sum(), "dropout changed the cache"
+
+
+def test_batches_without_photos_or_without_items(cached: FeatureSamples) -> None:
+    photos, items = cached.batch(np.array([1]), plan()), cached.batch(np.array([13]), plan())
+    assert (len(photos.photos), len(photos.pictures), len(photos.labels)) == (1, 0, 1)
+    assert (len(items.photos), len(items.pictures), len(items.labels)) == (0, 1, 1)
+    assert len(cached.batch(np.array([], int), plan()).labels) == 0
+
+
+def test_doubt_lowers_the_weight_of_photos_only(cached: FeatureSamples) -> None:
+    before = cached.weights.clone()
+    cached.doubt(3)
+    assert (cached.weights[:PHOTOS] <= before[:PHOTOS] * 1.0501).all()
+    assert (cached.weights[:PHOTOS] >= before[:PHOTOS] * 0.0499).all()
+    assert not torch.equal(cached.weights[:PHOTOS], before[:PHOTOS])
+    assert torch.equal(cached.weights[PHOTOS:], before[PHOTOS:])
+
+
+def test_pooled_leaves_missing_pictures_out(cached: FeatureSamples) -> None:
+    assert cached.pooled().shape == (PHOTOS + ITEMS - 1, 16)
+
+
+def test_pictures_as_needed_give_the_same_batches(
+    cached: FeatureSamples, model: MixerModel, workspace: Path, samples: list[dict]
+) -> None:
+    pictures = PictureSamples(open_storage(str(workspace)), "v1", model, seed=0)
+    rows = np.array([14, 3, 12, 15])
+    for drops in ({}, {"drop_text": True}, {"drop_image": True}):
+        one, other = pictures.batch(rows, plan(**drops)), cached.batch(rows, plan(**drops))
+        assert one.labels.tolist() == other.labels.tolist()
+        assert one.has_image.tolist() == other.has_image.tolist()
+        assert one.token_mask.sum(dim=1).tolist() == other.token_mask.sum(dim=1).tolist()
+    encoded = model.towers.pool(model.image_encoder(pictures.batch(rows, plan()).photos))
+    photos = cached.batch(rows, plan()).photos.float()
+    torch.testing.assert_close(encoded, photos, rtol=2e-3, atol=2e-3)
+    augmented = pictures.batch(rows, plan(view=1)).photos
+    assert not torch.equal(augmented, pictures.batch(rows, plan()).photos)
+    assert torch.equal(augmented, pictures.batch(rows, plan(view=1)).photos)
+    assert pictures.batch(np.array([12]), plan()).photos.shape == (0, 32, 32, 3)

@@ -1,0 +1,116 @@
+"""Training for real, on tiny encoders: Ray Data caches features, Ray Train and DeepSpeed learn."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mixer.config import ModelConfig
+from mixer.embedder import ItemEmbedder, QueryEmbedder
+from mixer.towers import MixerModel
+from mixer_platform.config import RunConfig
+from mixer_platform.errors import ConfigError, StorageError
+from mixer_platform.storage import open_storage
+from mixer_platform.train.checkpoints import Checkpoints
+from mixer_platform.train.job import train
+
+
+def run_config(workspace: Path, architecture: ModelConfig, **settings: Any) -> RunConfig:
+    plain = {"epochs": 2, "batch_size": 7, "workers": 2, "views": 2, "holdout": 0.2, "neighbours": 2}
+    tree = {"data": "unused", "workspace": str(workspace), "model": architecture.model_dump()}
+    return RunConfig.model_validate({**tree, "train": {**plain, "tower_lr": 0.01, "max_failures": 0, **settings}})
+
+
+def losses(report: dict[str, Any]) -> list[float]:
+    return [entry["loss"] for entry in report["history"]]
+
+
+def weights(workspace: Path, report: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load_file(workspace / "models" / report["version"] / "model.safetensors")
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_publishes_a_model_and_an_interrupted_one_goes_on(workspace: Path, architecture: ModelConfig) -> None:
+    config = run_config(workspace, architecture)
+    report = train(config)
+    folder = workspace / "models" / report["version"]
+    check_model(folder, report)
+
+    again = train(config)
+    assert again.pop("reused")
+    assert again == report
+
+    # As if it had been stopped after the first epoch; one worker takes over from two.
+    first = weights(workspace, report)
+    shutil.rmtree(folder)
+    run = Checkpoints(open_storage(str(workspace)), report["version"])
+    shutil.rmtree(workspace / run.folder / "epoch-00001")
+    resumed = train(run_config(workspace, architecture, workers=1))
+    assert resumed["version"] == report["version"]
+    assert resumed["history"][0] == report["history"][0], "the first epoch was trained again"
+    np.testing.assert_allclose(losses(resumed), losses(report), rtol=1e-5)
+    second = weights(workspace, resumed)
+    for name, value in first.items():
+        if not name.endswith("key.bias"):  # no gradient but rounding noise
+            torch.testing.assert_close(second[name], value, rtol=1e-4, atol=1e-5)
+    assert [path.name for path in (folder / "classifier").iterdir()] == ["000000000000-000000000003.safetensors"]
+
+
+def check_model(folder: Path, report: dict[str, Any]) -> None:
+    assert [entry["epoch"] for entry in report["history"]] == [0, 1]
+    assert all(math.isfinite(loss) for loss in losses(report))
+    assert all(0 <= entry["held_out_r1"] <= 1 for entry in report["history"])
+    assert (report["samples"], report["classes"], report["dim"]) == ("v1", 3, 8)
+    assert json.loads((folder / "metrics.json").read_text())["history"] == report["history"]
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "tokenizer/tokenizer_config.json").exists()
+    parts = sorted(path.name for path in (folder / "classifier").iterdir())
+    assert parts == ["000000000000-000000000002.safetensors", "000000000002-000000000003.safetensors"]
+    assert load_file(folder / "classifier" / parts[0])["weight"].shape == (2, 8)
+
+    model = MixerModel.from_pretrained(folder)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    with torch.no_grad():
+        wanted = model.embed_queries(torch.from_numpy(pixels)).numpy()
+    np.testing.assert_allclose(QueryEmbedder(folder)(pixels), wanted, atol=1e-4)
+    ItemEmbedder(folder)([None], ["red thing"])
+    assert model.towers.feature_mean.abs().sum() > 0, "the features' mean was lost"
+    moved = model.towers.query_transform.weight - model.towers.item_transform.weight
+    assert moved.abs().max() > 1e-3, "the two transformations have not parted"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_image_encoder_can_be_trained_too(workspace: Path, architecture: ModelConfig) -> None:
+    tuned = architecture.model_copy(update={"train_from_block": 1})
+    report = train(run_config(workspace, tuned, epochs=1))
+    assert not (workspace / "features").exists()
+    before = MixerModel(tuned).state_dict()
+    after = weights(workspace, report)
+    changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert any(name.startswith("image_encoder.") and ".1." in name for name in changed)
+    assert not any(name.startswith("text_encoder.") for name in changed)
+    assert not any(name.startswith("image_encoder.") and ".0." in name for name in changed)
+    assert after["towers.feature_mean"].abs().sum() > 0, "the features' mean was lost"
+    assert math.isfinite(losses(report)[0])
+
+
+def test_no_samples_is_one_sentence(tmp_path: Path, architecture: ModelConfig) -> None:
+    with pytest.raises(StorageError, match=r"samples: nothing is published here; run the job that writes samples/"):
+        train(run_config(tmp_path, architecture))
+
+
+def test_an_unknown_encoder_is_one_sentence(workspace: Path, architecture: ModelConfig) -> None:
+    unknown = architecture.model_copy(update={"image_encoder": str(workspace / "no-such-encoder")})
+    for block in (None, 0):
+        with pytest.raises(ConfigError, match=r"^model: image encoder .*no-such-encoder: ") as error:
+            train(run_config(workspace, unknown.model_copy(update={"train_from_block": block})))
+        assert "\n" not in str(error.value)

@@ -1,0 +1,32 @@
+"""The pure parts of the training loop."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mixer_platform.train.loop import held_out_recall, split_holdout
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.49])
+def test_only_photos_are_held_out(share: float) -> None:
+    rows, held_out = split_holdout(photos=50, samples=80, share=share, seed=3)
+    assert len(held_out) == int(share * 50)
+    assert (held_out < 50).all()
+    assert sorted([*rows, *held_out]) == list(range(80))
+    again, _ = split_holdout(50, 80, share, 3)
+    assert (rows == again).all()
+
+
+def test_held_out_recall_counts_photos_whose_nearest_item_has_their_label() -> None:
+    embeddings = torch.nn.functional.normalize(torch.tensor([[1.0, 0], [0, 1], [1, 0.1], [1, 0], [0, 1]]))
+    samples = SimpleNamespace(photos=[0, 1, 2], labels=torch.tensor([7, 8, 8, 7, 8]))  # rows 3 and 4 are the items
+    samples.batch = lambda rows, plan: SimpleNamespace(to=lambda device: torch.from_numpy(rows))
+    trainer = SimpleNamespace(engine=lambda rows: embeddings[rows])
+    found = held_out_recall(trainer, samples, np.array([0, 1, 2]), 2, torch.device("cpu"))  # type: ignore[arg-type]
+    assert found == pytest.approx(2 / 3, abs=1e-4)
+    empty = held_out_recall(trainer, samples, np.array([], int), 2, torch.device("cpu"))  # type: ignore[arg-type]
+    assert np.isnan(empty)
