@@ -127,6 +127,7 @@ def make_workspace(root: Path, **serve: object) -> Workspace:
         ],
         "items": ITEMS,
         "without_picture": [],
+        "left_out": [],
         "recall_at_10": 1.0,
         "recall_queries": 0,
     }
