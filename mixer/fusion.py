@@ -45,12 +45,13 @@ class ConceptFusion(nn.Module):
         self.gate = nn.Linear(2 * dim, dim)
         nn.init.constant_(self.gate.bias, -1.0)  # begin near the image alone
 
-    def forward(self, image: Tensor, patches: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
+    def forward(self, image: Tensor, has_image: Tensor, patches: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """Add what the concepts see to `image`.
 
         Args:
             image: [n, dim], the transformed picture; zeros where it is missing.
-            patches: [n, patches, image_width].
+            has_image: bool [n]; where it is False the concepts stay what the text made them.
+            patches: [n, patches, image_width]; finite also where the picture is missing.
             tokens: [n, tokens, text_width]; 0 where masked.
             token_mask: int64 or bool [n, tokens]; all 0 where the text is missing, and then nothing is read from it.
 
@@ -63,5 +64,6 @@ class ConceptFusion(nn.Module):
         # Softmax over nothing is undefined: a missing text reads its first place, and the result is not used.
         allowed = torch.cat([allowed[:, :1] | ~has_text[:, None], allowed[:, 1:]], dim=1)
         concepts = torch.where(has_text[:, None, None], self.read_text(slots, tokens, allowed), slots)
-        seen = self.project(self.read_image(concepts, patches).flatten(1))
+        concepts = torch.where(has_image[:, None, None], self.read_image(concepts, patches), concepts)
+        seen = self.project(concepts.flatten(1))
         return image + torch.sigmoid(self.gate(torch.cat([image, seen], dim=1))) * seen

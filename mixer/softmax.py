@@ -73,6 +73,8 @@ class ShardedMarginSoftmax(nn.Module):
 
 def gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
     """Concatenate the rows of all ranks, `sizes[rank]` each; collectives want equal shapes, so they travel padded."""
+    if len(sizes) == 1:
+        return rows
     padded = rows.new_zeros((max(sizes), *rows.shape[1:]))
     padded[: len(rows)] = rows
     received = [torch.empty_like(padded) for _ in sizes]

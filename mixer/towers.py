@@ -35,7 +35,6 @@ class Towers(nn.Module):
         self.fusion = ConceptFusion(
             config.concepts, config.concept_dim, text_width, image_width, config.dim, config.heads
         )
-        self.missing_patch = nn.Parameter(torch.zeros(image_width))
         self.register_buffer("feature_mean", torch.zeros(image_width))
         self.register_buffer("feature_std", torch.ones(image_width))
 
@@ -57,10 +56,10 @@ class Towers(nn.Module):
             token_mask: [n, tokens]; all 0 where the text is missing.
         """
         missing = ~has_image[:, None]
-        patches = patches.masked_fill(missing[..., None], 0)  # whatever stood there must not reach a gradient
-        seen = torch.where(missing[..., None], self.missing_patch.expand_as(patches), self._standardised(patches))
-        image = self.item_transform(self._standardised(self.pool(patches))).masked_fill(missing, 0)
-        return F.normalize(self.fusion(image, seen, tokens, token_mask), dim=-1)
+        # What stands where a picture is missing must reach neither an embedding nor a gradient.
+        patches = self._standardised(patches.masked_fill(missing[..., None], 0))
+        image = self.item_transform(self.pool(patches)).masked_fill(missing, 0)
+        return F.normalize(self.fusion(image, has_image, patches, tokens, token_mask), dim=-1)
 
     def fit_features(self, pooled: Tensor) -> None:
         """Set mean and scale of the image features, [n, width], that the transformations take out."""
@@ -69,7 +68,8 @@ class Towers(nn.Module):
         self.feature_std.fill_(float(pooled.var(dim=0, correction=0).mean().sqrt().clamp_min(1e-6)))
 
     def _standardised(self, features: Tensor) -> Tensor:
-        return (features - self.feature_mean) / self.feature_std
+        scale = 1 / self.feature_std
+        return torch.addcmul(-self.feature_mean * scale, features, scale)  # one pass over what is large
 
 
 class MixerModel(nn.Module):

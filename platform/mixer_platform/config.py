@@ -51,6 +51,7 @@ class TrainConfig(Section):
     zero_stage: Literal[0, 1, 2] = Field(0, description="3 would cut the towers, which are small")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: the towers compute in it; weights stay fp32")
     holdout: float = Field(0.05, ge=0, lt=0.5, description="share of query samples kept out to follow recall")
+    recall_every: int = Field(1, ge=1, description="epochs from one measurement of the held-out recall to the next")
     max_failures: int = Field(2, ge=0, description="how often Ray Train restarts the workers before it gives up")
     seed: int = 0
 

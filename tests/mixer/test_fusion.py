@@ -28,6 +28,11 @@ def items(n: int, tokens: int = 4, seed: int = 1) -> tuple[Tensor, Tensor, Tenso
     return image, patches, text, torch.ones(n, tokens, dtype=torch.int64)
 
 
+def seeing(image: Tensor) -> Tensor:
+    """Return the mask of a batch whose items all have a picture."""
+    return torch.ones(len(image), dtype=torch.bool)
+
+
 @torch.no_grad()
 def slow_attention(attention: CrossAttention, queries: Tensor, source: Tensor, mask: Tensor) -> Tensor:
     """One row, one query, one head at a time."""
@@ -63,7 +68,7 @@ def test_fusion_is_what_the_paper_says(fusion: ConceptFusion) -> None:
     concepts = fusion.read_text(fusion.slots.expand(2, -1, -1), tokens)
     seen = fusion.project(fusion.read_image(concepts, patches).flatten(1))
     gate = torch.sigmoid(fusion.gate(torch.cat([image, seen], dim=1)))
-    torch.testing.assert_close(fusion(image, patches, tokens, mask), image + gate * seen)
+    torch.testing.assert_close(fusion(image, seeing(image), patches, tokens, mask), image + gate * seen)
 
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.bool])
@@ -71,32 +76,44 @@ def test_padding_has_no_effect(fusion: ConceptFusion, kind: torch.dtype) -> None
     image, patches, tokens, mask = items(3)
     padded = torch.cat([tokens, torch.full((3, 5, SOURCE), 1e3)], dim=1)
     padded_mask = torch.cat([mask, torch.zeros(3, 5, dtype=torch.int64)], dim=1).to(kind)
-    expected = fusion(image, patches, tokens, mask)
-    torch.testing.assert_close(fusion(image, patches, padded, padded_mask), expected, **EXACT)
+    expected = fusion(image, seeing(image), patches, tokens, mask)
+    torch.testing.assert_close(fusion(image, seeing(image), patches, padded, padded_mask), expected, **EXACT)
 
 
 def test_nothing_is_read_from_a_missing_text(fusion: ConceptFusion) -> None:
     image, patches, tokens, mask = items(2)
     mask[1] = 0
-    found = fusion(image, patches, tokens, mask)
-    torch.testing.assert_close(found, fusion(image, patches, tokens * torch.tensor([1.0, -9.0])[:, None, None], mask))
+    found = fusion(image, seeing(image), patches, tokens, mask)
+    torch.testing.assert_close(
+        found, fusion(image, seeing(image), patches, tokens * torch.tensor([1.0, -9.0])[:, None, None], mask)
+    )
     # the bare slots attend over the image
     seen = fusion.project(fusion.read_image(fusion.slots[None], patches[1:]).flatten(1))
     gate = torch.sigmoid(fusion.gate(torch.cat([image[1:], seen], dim=1)))
     torch.testing.assert_close(found[1:], image[1:] + gate * seen)
 
 
+def test_nothing_is_read_from_a_missing_image(fusion: ConceptFusion) -> None:
+    image, patches, tokens, mask = items(2)
+    has_image = torch.tensor([True, False])
+    found = fusion(image, has_image, patches, tokens, mask)
+    torch.testing.assert_close(found[:1], fusion(image, seeing(image), patches, tokens, mask)[:1])
+    seen = fusion.project(fusion.read_text(fusion.slots[None], tokens[1:]).flatten(1))
+    gate = torch.sigmoid(fusion.gate(torch.cat([image[1:], seen], dim=1)))
+    torch.testing.assert_close(found[1:], image[1:] + gate * seen)
+
+
 def test_text_and_image_both_tell(fusion: ConceptFusion) -> None:
     image, patches, tokens, mask = items(1)
-    found = fusion(image, patches, tokens, mask)
-    assert not torch.allclose(found, fusion(image, patches, -tokens, mask), atol=1e-3)
-    assert not torch.allclose(found, fusion(image, -patches, tokens, mask), atol=1e-3)
+    found = fusion(image, seeing(image), patches, tokens, mask)
+    assert not torch.allclose(found, fusion(image, seeing(image), patches, -tokens, mask), atol=1e-3)
+    assert not torch.allclose(found, fusion(image, seeing(image), -patches, tokens, mask), atol=1e-3)
 
 
 def test_the_gradient_reaches_every_parameter(fusion: ConceptFusion) -> None:
     image, patches, tokens, mask = items(3)
     mask[1] = 0
-    fusion(image, patches, tokens, mask).square().sum().backward()
+    fusion(image, seeing(image), patches, tokens, mask).square().sum().backward()
     for name, parameter in fusion.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -107,7 +124,7 @@ def test_the_gradient_reaches_every_parameter(fusion: ConceptFusion) -> None:
 @pytest.mark.parametrize("texts", ["none", "no items"])
 def test_a_batch_without_texts_or_items_gives_zero_gradients(fusion: ConceptFusion, texts: str) -> None:
     image, patches, tokens, mask = items(2 if texts == "none" else 0)
-    fusion(image, patches, tokens, mask * 0).sum().backward()
+    fusion(image, seeing(image), patches, tokens, mask * 0).sum().backward()
     for name, parameter in fusion.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -117,5 +134,5 @@ def test_a_batch_without_texts_or_items_gives_zero_gradients(fusion: ConceptFusi
 
 def test_it_begins_near_the_image_alone(fusion: ConceptFusion) -> None:
     image, patches, tokens, mask = items(64)
-    seen = fusion(image, patches, tokens, mask) - image
+    seen = fusion(image, seeing(image), patches, tokens, mask) - image
     assert seen.norm(dim=1).mean() < 0.5 * image.norm(dim=1).mean()

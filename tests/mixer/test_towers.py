@@ -83,9 +83,10 @@ def test_the_towers_are_what_they_say(tiny_model: MixerModel) -> None:
     ids, mask = torch.tensor([[2, 5, 3]] * 3), torch.tensor([[1, 1, 1], [0, 0, 0], [1, 1, 1]])
     images = towers.item_transform(plain)
     seen = (patches - towers.feature_mean) / towers.feature_std
-    images[2], seen[2] = 0, towers.missing_patch
-    items = towers.fusion(images, seen, tiny_model.text_encoder(ids, mask), mask)
-    found = tiny_model.embed_items(pictures, torch.tensor([True, True, False]), ids, mask)
+    images[2], seen[2] = 0, 0
+    has_image = torch.tensor([True, True, False])
+    items = towers.fusion(images, has_image, seen, tiny_model.text_encoder(ids, mask), mask)
+    found = tiny_model.embed_items(pictures, has_image, ids, mask)
     torch.testing.assert_close(found, items / items.norm(dim=1, keepdim=True))
 
 
@@ -121,10 +122,10 @@ def test_features_that_do_not_vary_give_finite_embeddings(tiny_config: ModelConf
     assert towers.query(pooled).isfinite().all()
 
 
-def test_the_gradient_reaches_concepts_and_the_missing_patch(tiny_model: MixerModel) -> None:
+def test_the_gradient_reaches_concepts_and_transformation(tiny_model: MixerModel) -> None:
     embeddings = embed_items(tiny_model, pixels(len(TEXTS)), HAS_IMAGE, TEXTS)
     (embeddings * torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(4))).sum().backward()
-    for name in ("missing_patch", "fusion.slots", "fusion.read_text.value.weight", "item_transform.weight"):
+    for name in ("fusion.slots", "fusion.read_text.value.weight", "item_transform.weight"):
         gradient = tiny_model.towers.get_parameter(name).grad
         assert gradient is not None, name
         assert gradient.abs().max() > 1e-5, name
@@ -197,11 +198,11 @@ def test_weights_of_another_size_are_refused(saved: Path) -> None:
 def test_weights_with_other_names_are_refused(saved: Path, change: str) -> None:
     weights = load_file(saved / "model.safetensors")
     if change == "missing":
-        del weights["towers.missing_patch"]
+        del weights["towers.item_transform.bias"]
     else:
         weights["towers.more"] = torch.zeros(1)
     save_file(weights, saved / "model.safetensors")
-    with pytest.raises(ValueError, match=r"towers\.m"):
+    with pytest.raises(ValueError, match=r"towers\.(more|item_transform)"):
         MixerModel.from_pretrained(saved)
 
 

@@ -42,6 +42,7 @@ class LocalCluster:
             "RAY_ADDRESS": "",
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONUNBUFFERED": "1",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nobody else asks the service: end at once
             "HF_HUB_OFFLINE": "1",  # the demo's encoders are packages
         }
 

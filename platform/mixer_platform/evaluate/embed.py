@@ -12,8 +12,6 @@ from PIL import Image
 
 from mixer.config import ModelConfig
 from mixer.embedder import ImageFeatures, QueryEmbedder
-from mixer.encoders import image_encoder
-from mixer.export import export_image_encoder
 from mixer.images import UnreadableImage, decode
 from mixer_platform import versions
 from mixer_platform.errors import StorageError
@@ -54,6 +52,9 @@ class PhotoWorker:
 
 def export_untrained(storage: Storage, architecture: ModelConfig) -> str:
     """Write the graph of the bare image encoder into the workspace unless it is there; return its folder's key."""
+    from mixer.encoders import image_encoder  # here, not at the top: the actors of this module need no torch
+    from mixer.export import export_image_encoder
+
     version = versions.fingerprint(architecture.image_encoder)
     folder = f"encoders/{version}"
     if versions.manifest(storage, "encoders", version) is None:

@@ -80,7 +80,9 @@ def embed_items(storage: Storage, items: InputFiles, model: str, config: RunConf
     folder = f"{EMBEDDINGS}/{version}"
     storage.delete(folder)
     rows = read_input(items).repartition(config.prepare.partitions, keys=["item_id"])
-    embedded = rows.map_batches(_first_of_each, batch_format="pyarrow", batch_size=None).map_batches(
+    rows = rows.map_batches(_first_of_each, batch_format="pyarrow", batch_size=None)
+    # One batch a block: the embedders then end together.
+    embedded = rows.repartition(target_num_rows_per_block=config.index.batch_size).map_batches(
         ItemWorker,
         fn_constructor_args=(storage.uri, model),
         batch_format="pyarrow",

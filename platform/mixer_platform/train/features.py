@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
+import pyarrow.dataset
 import ray.data
 import torch
 from PIL import Image
@@ -30,6 +29,7 @@ from mixer_platform.config import TrainConfig
 from mixer_platform.storage import Storage, open_storage, read_uri
 
 KIND = "features"
+_BLOCK_ROWS = 64
 _log = logging.getLogger(__name__)
 
 
@@ -47,7 +47,8 @@ def cache_features(storage: Storage, samples: str, model: ModelConfig, train: Tr
         export_encoders(MixerModel(model), Path(scratch))
         versions.upload(storage, Path(scratch), f"{folder}/encoders")
     rows = ray.data.read_parquet(storage.path(f"samples/{samples}/train"), filesystem=storage.filesystem)
-    features = rows.map_batches(
+    # Small blocks: an item costs many times a photo, and the actors shall end together.
+    features = rows.repartition(target_num_rows_per_block=_BLOCK_ROWS).map_batches(
         FeatureWorker,
         fn_constructor_args=(storage.uri, f"{folder}/encoders", model.pooling, train.views, train.seed),
         batch_format="pyarrow",
@@ -115,28 +116,40 @@ class FeatureSamples:
 
     def __init__(self, storage: Storage, version: str, widths: tuple[int, int], views: int, max_tokens: int) -> None:
         image_width, text_width = widths
-        rows = pq.read_table(storage.path(f"{KIND}/{version}/rows"), filesystem=storage.filesystem)
-        rows = rows.sort_by([("kind", "descending"), ("sample_id", "ascending")])
-        photos = rows.filter(pc.equal(rows["kind"], "query"))
-        items = rows.filter(pc.equal(rows["kind"], "item"))
-        self.ids = rows["sample_id"].to_pylist()
-        self.labels = torch.from_numpy(rows["class_id"].to_numpy().copy())
-        self.weights = torch.from_numpy(rows["weight"].to_numpy().copy())
-        self.photos = torch.stack([_tensor(value, (views, image_width)) for value in _binaries(photos["views"])])
-        pictures = [
-            None if value is None else _tensor(value, (views, -1, image_width)) for value in _binaries(items["views"])
-        ]
-        self.has_image = torch.tensor([value is not None for value in pictures])
-        shape = next((value.shape for value in pictures if value is not None), (views, 1, image_width))
-        blank = torch.zeros(shape, dtype=torch.float16)
-        self.pictures = torch.stack([blank if value is None else value for value in pictures])
-        self.tokens = torch.zeros(len(items), max_tokens, text_width, dtype=torch.float16)
-        self.token_mask = torch.zeros(len(items), max_tokens, dtype=torch.int64)
-        for row, value in enumerate(_binaries(items["tokens"])):
-            if value:
-                tokens = _tensor(value, (-1, text_width))
-                self.tokens[row, : len(tokens)] = tokens
-                self.token_mask[row, : len(tokens)] = 1
+        stored = pyarrow.dataset.dataset(storage.path(f"{KIND}/{version}/rows"), filesystem=storage.filesystem)
+        keys = stored.to_table(columns=["kind", "sample_id", "class_id", "weight"])
+        keys = keys.sort_by([("kind", "descending"), ("sample_id", "ascending")])
+        self.ids = keys["sample_id"].to_pylist()
+        self.labels = torch.from_numpy(keys["class_id"].to_numpy().copy())
+        self.weights = torch.from_numpy(keys["weight"].to_numpy().copy())
+        places = {key: row for row, key in enumerate(zip(keys["kind"].to_pylist(), self.ids, strict=True))}
+        count = sum(kind == "query" for kind, _ in places)
+        items = len(places) - count
+        self.photos = torch.zeros(count, views, image_width, dtype=torch.float16)
+        pictures: Tensor | None = None
+        self.has_image = torch.zeros(items, dtype=torch.bool)
+        self.tokens = torch.zeros(items, max_tokens, text_width, dtype=torch.float16)
+        self.token_mask = torch.zeros(items, max_tokens, dtype=torch.int64)
+        # Patches are by far the largest: they go to their places batch by batch, so that they are held once.
+        for batch in stored.to_batches(batch_size=64, batch_readahead=1, fragment_readahead=1):
+            columns = [batch[name] for name in ("kind", "sample_id", "views", "tokens")]
+            for kind, sample_id, seen, told in zip(*columns, strict=True):
+                row = places[kind.as_py(), sample_id.as_py()]
+                if kind.as_py() == "query":
+                    self.photos[row] = _tensor(seen, (views, image_width))
+                    continue
+                if seen.is_valid:
+                    picture = _tensor(seen, (views, -1, image_width))
+                    if pictures is None:  # the first one tells how many patches there are
+                        pictures = torch.zeros(items, *picture.shape, dtype=torch.float16)
+                    pictures[row - count] = picture
+                    self.has_image[row - count] = True
+                if told.is_valid:
+                    tokens = _tensor(told, (-1, text_width))
+                    self.tokens[row - count, : len(tokens)] = tokens
+                    self.token_mask[row - count, : len(tokens)] = 1
+        missing = torch.zeros(items, views, 1, image_width, dtype=torch.float16)
+        self.pictures = missing if pictures is None else pictures
 
     def doubt(self, neighbours: int) -> None:
         """Weigh each photo by how many of its visual neighbours carry its label."""
@@ -174,10 +187,5 @@ class FeatureSamples:
         )
 
 
-def _binaries(column: pa.ChunkedArray) -> list[bytes | None]:
-    return column.to_pylist()
-
-
-def _tensor(value: bytes | None, shape: tuple[int, ...]) -> Tensor:
-    assert value is not None
-    return torch.frombuffer(bytearray(value), dtype=torch.float16).view(shape)
+def _tensor(value: pa.BinaryScalar, shape: tuple[int, ...]) -> Tensor:
+    return torch.from_numpy(np.frombuffer(value.as_buffer(), np.float16).copy()).view(shape)

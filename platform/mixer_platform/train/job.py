@@ -28,6 +28,8 @@ from mixer_platform.train.loop import encoder_widths, train_worker
 
 matplotlib.use("Agg")
 KIND = "models"
+_NOT_LEARNED_FROM = {"samples", "workers", "cpus_per_worker", "gpus_per_worker", "recall_every", "max_failures"}
+_CURVES = ("loss", "held_out_r1")
 _log = logging.getLogger(__name__)
 
 
@@ -40,8 +42,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     started = time.monotonic()
     storage = open_storage(config.workspace)
     samples = versions.require(storage, "samples", config.train.samples)
-    # How many workers share the work changes neither the samples nor the steps: not a new run.
-    settings = config.train.model_dump(exclude={"samples", "workers", "cpus_per_worker", "gpus_per_worker"})
+    # What changes neither the samples nor the steps makes no new run.
+    settings = config.train.model_dump(exclude=_NOT_LEARNED_FROM)
     version = versions.fingerprint(samples["version"], config.model.model_dump(), settings)
     if done := versions.manifest(storage, KIND, version):
         _log.info("model %s is there already", version)
@@ -134,11 +136,13 @@ def write_curves(history: list[dict[str, float]], folder: Path) -> None:
 
     with SummaryWriter(str(folder / "tensorboard")) as writer:
         for entry in history:
-            for name in ("loss", "held_out_r1"):
-                writer.add_scalar(name, entry[name], entry["epoch"])
+            for name in _CURVES:
+                if name in entry:
+                    writer.add_scalar(name, entry[name], entry["epoch"])
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, name in zip(axes, ("loss", "held_out_r1"), strict=True):
-        axis.plot([entry["epoch"] for entry in history], [entry[name] for entry in history], marker="o", markersize=3)
+    for axis, name in zip(axes, _CURVES, strict=True):
+        measured = [entry for entry in history if name in entry]
+        axis.plot([entry["epoch"] for entry in measured], [entry[name] for entry in measured], marker="o", markersize=3)
         axis.set(xlabel="epoch", title=name)
         axis.grid(alpha=0.3)
     figure.savefig(folder / "curves.png", dpi=110)

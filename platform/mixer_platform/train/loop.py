@@ -15,7 +15,7 @@ from mixer.config import ModelConfig
 from mixer.encoders import TextEncoder, image_encoder
 from mixer.metrics import hit_at_k
 from mixer.sampling import EpochPlan, plan_epoch
-from mixer.softmax import ShardedMarginSoftmax
+from mixer.softmax import ShardedMarginSoftmax, class_range, gather_rows
 from mixer.towers import MixerModel, Towers
 from mixer.training import FrozenTower, WholeModel
 from mixer_platform.config import TrainConfig
@@ -75,13 +75,10 @@ def train_worker(job: dict[str, Any]) -> None:
         losses = [
             trainer.step(samples.batch(part, plan).to(device)) for part in plan.batches(config.batch_size, world, rank)
         ]
-        recall = held_out_recall(trainer, samples, held_out, config.batch_size, device)
-        metrics = {
-            "epoch": epoch,
-            "loss": float(np.mean(losses)),
-            "held_out_r1": recall,
-            "seconds": round(time.monotonic() - began, 2),
-        }
+        metrics = {"epoch": epoch, "loss": float(np.mean(losses))}
+        if len(held_out) and ((epoch + 1) % config.recall_every == 0 or epoch + 1 == config.epochs):
+            metrics["held_out_r1"] = held_out_recall(trainer, samples, held_out, config.batch_size, device)
+        metrics["seconds"] = round(time.monotonic() - began, 2)
         history = [*history, metrics]
         towers = trainer.tower_state()
         checkpoints.write_classes(epoch, head.owned, trainer.head_state())
@@ -107,18 +104,19 @@ def held_out_recall(
     batch_size: int,
     device: torch.device,
 ) -> float:
-    """Return how often the item nearest to a held-out photo has the photo's (weak) label; nan without such photos.
+    """Return how often the item nearest to a held-out photo has the photo's (weak) label.
 
-    Every worker computes it, as all have to wait for it anyway.
+    Every worker embeds its share and gets the same answer.
     """
-    if not len(held_out):
-        return float("nan")
     total = len(samples.labels)
     plain = EpochPlan(np.arange(total), *(np.zeros(total, kind) for kind in (int, bool, bool)))
 
     def embedded(rows: np.ndarray) -> torch.Tensor:
-        parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-        return torch.cat([trainer.engine(samples.batch(part, plain).to(device)).float().cpu() for part in parts])
+        shares = [class_range(len(rows), trainer.head.world, rank) for rank in range(trainer.head.world)]
+        mine = shares[trainer.head.rank]
+        parts = [rows[start : min(start + batch_size, mine.stop)] for start in range(mine.start, mine.stop, batch_size)]
+        embeddings = [trainer.engine(samples.batch(part, plain).to(device)).float() for part in parts or [rows[:0]]]
+        return gather_rows(torch.cat(embeddings), [len(share) for share in shares], trainer.head.group).cpu()
 
     items = np.arange(len(samples.photos), total)
     nearest = (embedded(held_out) @ embedded(items).T).argmax(dim=1).numpy()
