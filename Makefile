@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 DATA ?=
 
-.PHONY: demo test setup serve lint clean
+.PHONY: demo test setup lint clean
 
 demo:
 	@began=$$(date +%s); $(MAKE) --no-print-directory setup && \
@@ -29,4 +29,4 @@ $(READY): pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .cache workspace
+	rm -rf $(VENV) workspace

@@ -5,12 +5,12 @@ from typing import Any
 
 from mixer_platform.cli import main
 from mixer_platform.config import RunConfig
-from mixer_platform.simulate.job import simulate
+from mixer_platform.simulate.job import drawings_beside, simulate
 
 
 def job(config: RunConfig) -> dict[str, Any]:
-    """Make the marketplace in `data`; downloads are kept in `.cache` of the current folder."""
-    return simulate(config.simulate, Path(config.data), Path(".cache/drawings"))
+    """Make the marketplace in the folder `data`; downloads are kept beside it."""
+    return simulate(config.simulate, Path(config.data), drawings_beside(Path(config.data)))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ reduced. Gradients are exact.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,6 +21,14 @@ def class_range(classes: int, world: int, rank: int) -> range:
     small, extra = divmod(classes, world)
     start = rank * small + min(rank, extra)
     return range(start, start + small + (rank < extra))
+
+
+def fixed_scale(classes: int) -> float:
+    """Return sqrt(2) ln(classes - 1), the fixed scale of AdaCos (Zhang et al., CVPR 2019, arXiv 1905.00292).
+
+    With a much larger one the softmax is certain of every label of a small set of classes, also of the wrong ones.
+    """
+    return math.sqrt(2) * math.log(max(classes - 1, 2))
 
 
 class ShardedMarginSoftmax(nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -41,9 +42,22 @@ def main(job: Callable[[RunConfig], Mapping[str, Any]], description: str | None,
 
 
 def connect() -> None:
-    """Join the Ray cluster of this machine or of RAY_ADDRESS; start one on this machine if there is none."""
-    if not ray.is_initialized():
+    """Join the Ray cluster of this machine or of RAY_ADDRESS; start one on this machine if there is none.
+
+    Raises MixerError if the cluster of RAY_ADDRESS cannot be joined.
+    """
+    if ray.is_initialized():
+        return
+    try:
         ray.init(logging_level=logging.WARNING, log_to_driver=True)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        address = os.environ.get("RAY_ADDRESS")
+        if not address:
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise MixerError(
+            f"RAY_ADDRESS={address}: no Ray cluster can be joined there ({first}); mend or unset it"
+        ) from error
 
 
 def fail(error: MixerError) -> NoReturn:

@@ -45,7 +45,9 @@ class TrainConfig(Section):
     weight_decay: float = Field(1e-4, ge=0)
     warmup: float = Field(0.05, ge=0, lt=1, description="share of all steps over which learning rates rise")
     margin: float = Field(0.3, ge=0, lt=1, description="subtracted from the cosine of the right class")
-    scale: float = Field(32.0, gt=0, description="cosines are multiplied by it before the softmax")
+    scale: float | None = Field(
+        None, gt=0, description="cosines are multiplied by it before the softmax; null: by AdaCos' fixed scale"
+    )
     text_dropout: float = Field(0.2, ge=0, lt=1, description="share of item samples trained without their text")
     image_dropout: float = Field(0.1, ge=0, lt=1, description="share of item samples trained without their picture")
     zero_stage: Literal[0, 1, 2] = Field(0, description="3 would cut the towers, which are small")

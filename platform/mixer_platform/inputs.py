@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +21,7 @@ from mixer_platform.storage import LocalStorage, Storage, open_storage, resolve_
 
 REASON = "reason"
 RAW = "raw"
+_LINES_TOGETHER = 8192
 _ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
 
 
@@ -67,12 +71,26 @@ def read_input(files: InputFiles) -> ray.data.Dataset:
         rows = ray.data.read_parquet(files.paths, filesystem=files.storage.filesystem, partitioning=None)
         to_table = None
     else:
-        rows = ray.data.read_text(
-            files.paths, filesystem=files.storage.filesystem, include_paths=True, drop_empty_lines=True
+        keys = [{"key": key} for key in files.tags]
+        lines = partial(read_lines, storage=files.storage)
+        rows = ray.data.from_items(keys, override_num_blocks=len(keys)).map_batches(
+            lines, batch_format="pyarrow", batch_size=1
         )
         to_table = partial(_parse_lines, table=files.table)
     mark = partial(mark_rows, table=files.table, root=files.pictures_root, to_table=to_table)
     return rows.map_batches(mark, batch_format="pyarrow", batch_size=None)
+
+
+def read_lines(keys: pa.Table, storage: Storage) -> Iterator[pa.Table]:
+    """Yield the lines of text files, binary and without empty ones. Raises InputError for a file that is cut off."""
+    for key in keys["key"].to_pylist():
+        try:
+            with storage.filesystem.open_input_stream(storage.path(key)) as stream:  # unpacks .gz
+                lines = (line for line in map(bytes.strip, io.BufferedReader(stream)) if line)
+                while some := list(itertools.islice(lines, _LINES_TOGETHER)):
+                    yield pa.table({"line": pa.array(some, pa.binary())})
+        except OSError as error:
+            raise InputError(f"{storage.uri}/{key}: not a whole file ({_first_line(error)}); write it again") from error
 
 
 def mark_rows(batch: pa.Table, table: Table, root: str, to_table=None) -> pa.Table:  # type: ignore[no-untyped-def]
@@ -101,8 +119,9 @@ def _row_as_json(batch: pa.Table, row: int) -> str:
 
 def _parse_lines(batch: pa.Table, table: Table) -> tuple[pa.Table, pa.Table]:
     """Parse JSON lines into columns; return them beside the lines as they came and what is wrong with each."""
-    lines = batch["text"].to_pylist()
+    lines = batch["line"].to_pylist()
     rows = [_json_object(line) for line in lines]
+    raw = [line.decode(errors="backslashreplace") for line in lines]
     reasons = [None if row is not None else "not a JSON object" for row in rows]
     names = dict.fromkeys(table.columns.names)
     if table.keep_others:
@@ -123,10 +142,10 @@ def _parse_lines(batch: pa.Table, table: Table) -> tuple[pa.Table, pa.Table]:
         columns[name] = _json_column(
             [value if fits else None for value, fits in zip(values, fitting, strict=True)], wanted
         )
-    return pa.table(columns), pa.table({REASON: pa.array(reasons, pa.string()), RAW: pa.array(lines, pa.string())})
+    return pa.table(columns), pa.table({REASON: pa.array(reasons, pa.string()), RAW: pa.array(raw, pa.string())})
 
 
-def _json_object(line: str) -> dict[str, Any] | None:
+def _json_object(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except ValueError:

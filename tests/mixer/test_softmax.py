@@ -14,7 +14,7 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixer.softmax import ShardedMarginSoftmax, class_range
+from mixer.softmax import ShardedMarginSoftmax, class_range, fixed_scale
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 DIM = 8
@@ -180,3 +180,9 @@ def test_class_ranges_are_a_partition_in_order(classes: int, world: int) -> None
     sizes = [len(part) for part in ranges]
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_fixed_scale_grows_with_the_classes() -> None:
+    assert fixed_scale(152) == pytest.approx(7.095, abs=1e-3)
+    assert fixed_scale(10**8) == pytest.approx(26.05, abs=1e-2)
+    assert 0 < fixed_scale(1) == fixed_scale(3) < fixed_scale(4)

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixer_platform.errors import InputError
-from mixer_platform.inputs import RAW, REASON, find_file, find_input, mark_rows, read_input
+from mixer_platform.inputs import RAW, REASON, find_file, find_input, mark_rows, read_input, read_lines
 from mixer_platform.inputs import _parse_lines as parse_lines
 from mixer_platform.schema import ITEMS, LOGS, QUERIES, TRUTH
 
@@ -38,7 +38,8 @@ def said(data: Path, table=QUERIES) -> str:  # type: ignore[no-untyped-def]
 
 def marked(lines: list[Any], table=LOGS) -> list[dict[str, Any]]:  # type: ignore[no-untyped-def]
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
-    return mark_rows(pa.table({"text": texts}), table, "/d", lambda batch: parse_lines(batch, table)).to_pylist()
+    encoded = pa.array([text.encode() for text in texts], pa.binary())
+    return mark_rows(pa.table({"line": encoded}), table, "/d", lambda batch: parse_lines(batch, table)).to_pylist()
 
 
 def test_no_folder_no_file_and_an_empty_folder(tmp_path: Path) -> None:
@@ -111,6 +112,26 @@ def test_attributes_may_be_null_or_missing_in_a_file(tmp_path: Path) -> None:
     found = read_input(find_input(str(tmp_path), ITEMS)).repartition(1).take_all()
     rows = {row["item_id"]: (row.get("colour"), row.get("price"), row[REASON]) for row in found}
     assert rows == {"a": (None, 1.5, None), "b": ("red", None, None)}
+
+
+def test_a_file_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries.jsonl.gz")
+    whole = (tmp_path / "queries.jsonl.gz").read_bytes()
+    (tmp_path / "queries.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    files = find_input(str(tmp_path), QUERIES)
+    with pytest.raises(InputError, match=r"queries\.jsonl\.gz: not a whole file \(.*\); write it again"):
+        list(read_lines(pa.table({"key": list(files.tags)}), files.storage))
+
+
+def test_lines_that_are_not_unicode_are_broken_rows(tmp_path: Path) -> None:
+    (tmp_path / "queries.jsonl").write_bytes(
+        b'{"query_id": "a\xff", "image": "x"}\r\n\n{"query_id": "b", "image": "y"}'
+    )
+    files = find_input(str(tmp_path), QUERIES)
+    (read,) = read_lines(pa.table({"key": list(files.tags)}), files.storage)
+    rows = mark_rows(read, QUERIES, "/d", lambda batch: parse_lines(batch, QUERIES)).to_pylist()
+    assert [(row["query_id"], row[REASON]) for row in rows] == [(None, "not a JSON object"), ("b", None)]
+    assert rows[0][RAW] == '{"query_id": "a\\xff", "image": "x"}'
 
 
 def test_broken_json_lines_are_kept_as_they_came() -> None:

@@ -24,10 +24,10 @@ from mixer_platform.demo.memory import PeakMemory
 from mixer_platform.errors import MixerError
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
 from mixer_platform.simulate.emoji import fetch
+from mixer_platform.simulate.job import drawings_beside
 from mixer_platform.storage import resolve_uri
 
-CONFIG = "jobs/configs/demo.yaml"
-DRAWINGS = ROOT / ".cache" / "drawings"
+CONFIG, CONFIG_OF_YOUR_OWN = "jobs/configs/demo.yaml", "jobs/configs/local.yaml"
 _SHOWN_ROWS, _SHOWN_ITEMS = 8, 5
 
 
@@ -52,14 +52,15 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
     name = Path(arguments.data).resolve().name if arguments.data else "emoji"
     workspace = Path(arguments.workspace or ROOT / "workspace" / name).resolve()
     data = Path(arguments.data).resolve() if arguments.data else workspace / "data"
-    config = load_config(ROOT / CONFIG, [f"data={data}", f"workspace={workspace}", *arguments.overrides])
+    source = CONFIG_OF_YOUR_OWN if arguments.data else CONFIG
+    config = load_config(ROOT / source, [f"data={data}", f"workspace={workspace}", *arguments.overrides])
     setup_seconds = arguments.setup_seconds
     if not arguments.data:
         began = time.monotonic()
-        fetch(DRAWINGS)
+        fetch(drawings_beside(data))
         setup_seconds += time.monotonic() - began
 
-    common = ["--config", CONFIG, f"data={data}", f"workspace={workspace}", *arguments.overrides]
+    common = ["--config", source, f"data={data}", f"workspace={workspace}", *arguments.overrides]
     started = time.monotonic()
     reports: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
@@ -84,7 +85,7 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
     trained, p50 = reports["evaluate"], float(np.median(latencies))
     print(table(trained, seconds, reports, p50, len(questions)))
     print(f"\ncontact sheet: {sheet}")
-    print(f"keep it up:    {command_to_serve(data, workspace)}\n")
+    print(f"keep it up:    {command_to_serve(source, data, workspace)}\n")
     return {
         "untrained_r1": trained["untrained"]["r1"],
         **{f"trained_r{k}": trained[f"r{k}"] for k in (1, 5, 10)},
@@ -146,8 +147,8 @@ def table(
     return "\n".join(lines)
 
 
-def command_to_serve(data: Path, workspace: Path) -> str:
+def command_to_serve(config: str, data: Path, workspace: Path) -> str:
     """Return the command that serves the demo's index until it is interrupted."""
     python = Path(sys.executable)
     shown = python.relative_to(ROOT) if python.is_relative_to(ROOT) else python
-    return f"{shown} jobs/serve.py --config {CONFIG} data={data} workspace={workspace}"
+    return f"{shown} jobs/serve.py --config {config} data={data} workspace={workspace}"

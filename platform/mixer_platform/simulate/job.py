@@ -45,6 +45,11 @@ def simulate(config: SimulateConfig, destination: Path, cache: Path) -> dict[str
     return made_already(config, destination) or build(load(fetch(cache)), config, destination)
 
 
+def drawings_beside(destination: Path) -> Path:
+    """Return the folder where the downloads for a marketplace are kept."""
+    return destination.parent / "drawings"
+
+
 def made_already(config: SimulateConfig, destination: Path) -> dict[str, Any] | None:
     """Return the report of `destination` if it was made from `config`, None if nothing is there, else raise."""
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):

@@ -15,7 +15,7 @@ from mixer.config import ModelConfig
 from mixer.encoders import TextEncoder, image_encoder
 from mixer.metrics import hit_at_k
 from mixer.sampling import EpochPlan, plan_epoch
-from mixer.softmax import ShardedMarginSoftmax, class_range, gather_rows
+from mixer.softmax import ShardedMarginSoftmax, class_range, fixed_scale, gather_rows
 from mixer.towers import MixerModel, Towers
 from mixer.training import FrozenTower, WholeModel
 from mixer_platform.config import TrainConfig
@@ -54,7 +54,8 @@ def train_worker(job: dict[str, Any]) -> None:
         samples = PictureSamples(storage, job["samples"], model, config.seed)
         tower = WholeModel(model)
         model.towers.fit_features(samples.pooled(model, 256))
-    head = ShardedMarginSoftmax(architecture.dim, job["classes"], config.margin, config.scale).to(device)
+    scale = config.scale or fixed_scale(job["classes"])
+    head = ShardedMarginSoftmax(architecture.dim, job["classes"], config.margin, scale).to(device)
     head.reset(config.seed)
 
     rows, held_out = split_holdout(len(samples.photos), len(samples.labels), config.holdout, config.seed)
