@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,3 +81,14 @@ def to_json(content: Mapping[str, Any]) -> bytes:
 def read_json(storage: Storage, key: str) -> dict[str, Any]:
     """Return the JSON object at `key`. Raises StorageError when it is not there."""
     return json.loads(storage.read(key))
+
+
+def commit(folder: str | Path) -> str | None:
+    """Return the commit of the code in `folder`: what MIXER_COMMIT says, for jobs have no repository, else git's."""
+    if said := os.environ.get("MIXER_COMMIT"):
+        return said
+    command = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from mixer_platform.errors import MixerError
+from mixer_platform.versions import commit
 
 ROOT = Path(__file__).parents[3]
 MARK = "MIXER_DEMO"  # in the environment of every process of the demo
@@ -35,6 +36,7 @@ class LocalCluster:
         self.logs = logs
         self.mark = secrets.token_hex(8)
         self.dashboard = _free_port()
+        self._url = f"http://127.0.0.1:{self.dashboard}"
         self._environment = os.environ | {
             MARK: self.mark,
             "RAY_AUTH_MODE": "token",
@@ -43,6 +45,7 @@ class LocalCluster:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONUNBUFFERED": "1",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nobody else asks the service: end at once
+            "MIXER_COMMIT": commit(ROOT) or "",  # jobs get the files, not the repository
             "HF_HUB_OFFLINE": "1",  # the demo's encoders are packages
         }
 
@@ -95,22 +98,49 @@ class LocalCluster:
 
     def submit(self, name: str, arguments: Sequence[str]) -> dict[str, Any]:
         """Run `jobs/NAME.py` by `ray job submit`; return the report it prints. Raises MixerError when it fails."""
+        identity = f"{name}-{secrets.token_hex(4)}"
         command = [
-            *("ray", "job", "submit", "--address", f"http://127.0.0.1:{self.dashboard}", "--working-dir", str(ROOT)),
-            *("--runtime-env-json", json.dumps(_RUNTIME_ENV), "--", "python", f"jobs/{name}.py", *arguments),
+            *("ray", "job", "submit", "--address", self._url, "--submission-id", identity, "--no-wait"),
+            *("--working-dir", str(ROOT), "--runtime-env-json", json.dumps(_RUNTIME_ENV)),
+            *("--", "python", f"jobs/{name}.py", *arguments),
         ]
         print(f"\n$ ray job submit --working-dir . -- python jobs/{name}.py {' '.join(arguments)}", flush=True)
         path = self.logs / f"{name}.log"
         with path.open("w") as log:
-            job = subprocess.Popen(
-                command, env=self._environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            submitted = subprocess.run(
+                command, env=self._environment, stdout=log, stderr=subprocess.STDOUT, check=False
             )
-            assert job.stdout is not None
-            report = _follow(job.stdout, log)
-            status = job.wait()
-        if status or report is None:
+            succeeded = not submitted.returncode and self._follow(identity, log)
+        report = _last_report(path.read_text())
+        if not succeeded or report is None:
             raise MixerError(f"{name} failed; its log is {path}")
         return report
+
+    def _follow(self, job: str, log: IO[str]) -> bool:
+        """Copy a job's output to its log, show the telling lines, and return whether the job succeeded.
+
+        Without `--no-wait` the client does this too, but it notices the end of a job seconds late.
+        """
+        seen, status = "", "PENDING"
+        while status in ("PENDING", "RUNNING"):
+            time.sleep(0.5)
+            status = self._ask(f"/api/jobs/{job}")["status"]  # before the output, which is whole once the job has ended
+            output = self._ask(f"/api/jobs/{job}/logs")["logs"] or ""
+            whole = output if status not in ("PENDING", "RUNNING") else output[: output.rfind("\n") + 1]
+            for line in whole[len(seen) :].splitlines():
+                if not line.startswith("{") and _SHOWN.search(line):
+                    print("   ", line.rstrip()[:150], flush=True)
+            log.write(whole[len(seen) :])
+            seen = whole
+        return status == "SUCCEEDED"
+
+    def _ask(self, path: str) -> dict[str, Any]:
+        token = {"Authorization": f"Bearer {self._environment['RAY_AUTH_TOKEN']}"}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self._url + path, headers=token), timeout=60) as reply:
+                return json.load(reply)
+        except OSError as error:
+            raise MixerError(f"Ray does not answer any more ({error}); see {self.logs / 'ray.log'}") from error
 
     def _wait_until_up(self) -> None:
         deadline = time.monotonic() + 120
@@ -118,7 +148,7 @@ class LocalCluster:
             if self._head.poll() is not None:
                 raise MixerError(f"Ray did not start; see {self.logs / 'ray.log'}")
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.dashboard}/api/version", timeout=2):
+                with urllib.request.urlopen(f"{self._url}/api/version", timeout=2):
                     return
             except urllib.error.HTTPError:
                 return  # it answers: without the token, with a refusal
@@ -142,19 +172,15 @@ def processes(mark: str) -> list[int]:
     return found
 
 
-def _follow(lines: IO[str], log: IO[str]) -> dict[str, Any] | None:
-    """Copy a job's output to its log, show the telling lines, and return the last JSON object."""
-    report = None
-    for line in lines:
-        log.write(line)
+def _last_report(output: str) -> dict[str, Any] | None:
+    """Return the last line of a job's output that is a JSON object."""
+    for line in reversed(output.splitlines()):
         if line.startswith("{"):
             try:
-                report = json.loads(line)
+                return json.loads(line)
             except ValueError:
                 continue
-        elif _SHOWN.search(line):
-            print("   ", line.rstrip()[:150], flush=True)
-    return report
+    return None
 
 
 def _free_port() -> int:

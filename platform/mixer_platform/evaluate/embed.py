@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from mixer.config import ModelConfig
@@ -15,39 +17,63 @@ from mixer.embedder import ImageFeatures, QueryEmbedder
 from mixer.images import UnreadableImage, decode
 from mixer_platform import versions
 from mixer_platform.errors import StorageError
+from mixer_platform.inputs import REASON
 from mixer_platform.storage import Storage, open_storage, read_uri
+
+PHOTO, ITEM = "photo", "item"
+_ROWS = pa.schema(
+    [("kind", pa.string()), ("id", pa.string()), ("image", pa.string()), ("relevant_item_ids", pa.list_(pa.string()))]
+)
+
+
+def sound_rows(batch: pa.Table, kind: str) -> pa.Table:
+    """Return the sound rows of the truth or of the items, in the columns that both have for `PhotoWorker`."""
+    batch = batch.filter(pc.is_null(batch[REASON]))
+    relevant = batch["relevant_item_ids"] if kind == PHOTO else pa.nulls(len(batch))
+    columns = [pa.array([kind] * len(batch), pa.string()), batch[0], batch["image"], relevant]
+    return pa.table(columns, names=_ROWS.names).cast(_ROWS)
 
 
 class PhotoWorker:
-    """Rows with `image` in; the same rows with `query` (the model's embedding, if a model is given) and `untrained`
-    (pooled features of the bare encoder, if its folder is given) out, null where the picture cannot be used."""
+    """`sound_rows` in; the same rows with `query` (a photo as the model embeds it) and `untrained` (pooled features of
+    the bare encoder, if its folder is given) out, null where the picture cannot be used."""
 
-    def __init__(self, uri: str, model: str | None, encoder: str | None, pooling: str) -> None:
+    def __init__(self, uri: str, model: str, encoder: str | None, pooling: str) -> None:
         storage = open_storage(uri)
         self.pooling = pooling
         with tempfile.TemporaryDirectory() as scratch:
-            self.model = QueryEmbedder(versions.fetch(storage, f"models/{model}", scratch)) if model else None
+            self.model = QueryEmbedder(versions.fetch(storage, f"models/{model}", scratch))
             self.encoder = ImageFeatures(versions.fetch(storage, encoder, scratch)) if encoder else None
         self.threads = ThreadPoolExecutor(4)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         pictures = list(self.threads.map(_picture, batch["image"].to_pylist()))
-        seen = [row for row, picture in enumerate(pictures) if picture is not None]
-        for name, network in (("query", self.model), ("untrained", self.encoder)):
-            if network is None:
-                continue
-            vectors: list[list[float] | None] = [None] * len(pictures)
-            if seen:
-                pixels = np.stack([network.preprocess(pictures[row]) for row in seen])  # type: ignore[arg-type]
-                for row, vector in zip(seen, self._pooled(network(pixels)), strict=True):
-                    vectors[row] = vector.tolist()
-            batch = batch.append_column(name, pa.array(vectors, pa.list_(pa.float32())))
+        photos = [
+            picture if kind == PHOTO else None
+            for kind, picture in zip(batch["kind"].to_pylist(), pictures, strict=True)
+        ]
+        batch = batch.append_column("query", _seen(self.model, photos))
+        if self.encoder:
+            batch = batch.append_column("untrained", _seen(self.encoder, pictures, self._pooled))
         return batch
 
     def _pooled(self, output: np.ndarray) -> np.ndarray:
-        if output.ndim == 2:
-            return output
         return output.mean(axis=1) if self.pooling == "mean" else output[:, 0]
+
+
+def _seen(
+    network: QueryEmbedder | ImageFeatures,
+    pictures: Sequence[Image.Image | None],
+    pooled: Callable[[np.ndarray], np.ndarray] = np.asarray,
+) -> pa.Array:
+    """Return a vector for each picture, null for None."""
+    vectors: list[np.ndarray | None] = [None] * len(pictures)
+    rows = [row for row, picture in enumerate(pictures) if picture is not None]
+    if rows:
+        pixels = np.stack([network.preprocess(picture) for picture in pictures if picture is not None])
+        for row, vector in zip(rows, pooled(network(pixels)), strict=True):
+            vectors[row] = vector
+    return pa.array(vectors, pa.list_(pa.float32()))
 
 
 def export_untrained(storage: Storage, architecture: ModelConfig) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,9 @@ from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import InputError
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
-from mixer_platform.evaluate.embed import PhotoWorker, export_untrained
+from mixer_platform.evaluate.embed import ITEM, PHOTO, PhotoWorker, export_untrained, sound_rows
 from mixer_platform.gallery import MISSING, IndexManifest, Shard, merge_top_k, read_manifest
-from mixer_platform.inputs import REASON, InputFiles, find_file, find_input, read_input
+from mixer_platform.inputs import InputFiles, find_file, find_input, read_input
 from mixer_platform.schema import ITEMS, TRUTH, Table
 from mixer_platform.storage import Storage, open_storage
 
@@ -48,7 +48,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
 
     architecture = ModelConfig.model_validate(versions.read_json(storage, f"models/{index.model}/config.json"))
     encoder = export_untrained(storage, architecture) if config.evaluate.baseline else None
-    photos = _photos(truth, storage, index.model, encoder, architecture, config)
+    photos, items = _pictures(truth, storage, index.model, encoder, architecture, config)
     asked = photos.filter(pc.is_valid(photos["query"]))
     if not len(asked):
         raise InputError(f"{truth.storage.uri}/{', '.join(truth.tags)}: no photo can be read; nothing to evaluate")
@@ -66,12 +66,12 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         "samples": model["samples"],
     }
     if encoder:
-        ranked = _untrained_ranking(asked, storage, encoder, architecture, config, depth)
+        ranked = _untrained_ranking(asked, items, depth)
         report["untrained"] = measure(ranked, relevant, config.evaluate.ks)
     report |= {
         "version": version,
         "command": " ".join(sys.argv),
-        "commit": _commit(),
+        "commit": versions.commit(os.path.dirname(__file__)),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
         "seed": config.evaluate.seed,
         "seconds": round(time.monotonic() - started, 2),
@@ -113,49 +113,36 @@ def measure(ranked: list[list[str]], relevant: list[set[str]], ks: tuple[int, ..
     return {name: round(value, 4) for name, value in figures.items()}
 
 
-def _photos(
-    files: InputFiles,
-    storage: Storage,
-    model: str | None,
-    encoder: str | None,
-    architecture: ModelConfig,
-    config: RunConfig,
-) -> pa.Table:
-    """Return the sound rows of an input, embedded, in order of their first column."""
-    rows = (
-        read_input(files)
-        .repartition(2 * config.index.embedders)
-        .map_batches(
-            PhotoWorker,
-            fn_constructor_args=(storage.uri, model, encoder, architecture.pooling),
-            batch_format="pyarrow",
-            batch_size=config.index.batch_size,
-            num_cpus=0.5,
-            compute=ray.data.ActorPoolStrategy(size=config.index.embedders),
-        )
+def _pictures(
+    truth: InputFiles, storage: Storage, model: str, encoder: str | None, architecture: ModelConfig, config: RunConfig
+) -> tuple[pa.Table, pa.Table]:
+    """Return the sound photos and, for an `encoder`, the sound items, embedded, in order of their ids."""
+    rows = read_input(truth).map_batches(partial(sound_rows, kind=PHOTO), batch_format="pyarrow")
+    if encoder:
+        items = read_input(find_input(config.data, ITEMS))
+        rows = rows.union(items.map_batches(partial(sound_rows, kind=ITEM), batch_format="pyarrow"))
+    rows = rows.repartition(target_num_rows_per_block=config.index.batch_size).map_batches(
+        PhotoWorker,
+        fn_constructor_args=(storage.uri, model, encoder, architecture.pooling),
+        batch_format="pyarrow",
+        batch_size=config.index.batch_size,
+        num_cpus=0.5,
+        compute=ray.data.ActorPoolStrategy(size=config.index.embedders),
     )
-    key = files.table.columns.names[0]
-    wanted = [name for name in (key, "image", "relevant_item_ids", REASON, "query", "untrained")]
-    parts = [
-        batch.select([name for name in wanted if name in batch.column_names])
-        for batch in rows.iter_batches(batch_size=None, batch_format="pyarrow")
-        if batch.num_columns
-    ]
+    parts = [part for part in rows.iter_batches(batch_size=None, batch_format="pyarrow") if part.num_columns]
     if not parts:
-        raise InputError(f"{files.storage.uri}/{', '.join(files.tags)}: no rows")
-    whole = pa.concat_tables(parts, promote_options="permissive")
-    return whole.filter(pc.is_null(whole[REASON])).sort_by(key)
+        raise InputError(f"{truth.storage.uri}/{', '.join(truth.tags)}: no rows")
+    whole = pa.concat_tables(parts).sort_by("id")
+    photos, items = (whole.filter(pc.equal(whole["kind"], kind)) for kind in (PHOTO, ITEM))
+    return photos, items
 
 
-def _untrained_ranking(
-    asked: pa.Table, storage: Storage, encoder: str, architecture: ModelConfig, config: RunConfig, depth: int
-) -> list[list[str]]:
-    items = _photos(find_input(config.data, ITEMS), storage, None, encoder, architecture, config)
+def _untrained_ranking(asked: pa.Table, items: pa.Table, depth: int) -> list[list[str]]:
     items = items.filter(pc.is_valid(items["untrained"]))
     gallery, photos = _vectors(items["untrained"]), _vectors(asked["untrained"])
     centre = gallery.mean(axis=0)
     gallery, photos = (_unit(features - centre) for features in (gallery, photos))
-    item_ids = np.array(items["item_id"].to_pylist())
+    item_ids = np.array(items["id"].to_pylist())
     best = np.argsort(-(photos @ gallery.T), axis=1, kind="stable")[:, :depth]
     return item_ids[best].tolist()
 
@@ -182,8 +169,3 @@ def _vectors(column: pa.ChunkedArray) -> np.ndarray:
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-def _commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or None
