@@ -5,9 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import socket
+import urllib.error
 import urllib.request
 import uuid
 from pathlib import Path
+from typing import Any
 
 import boto3
 import numpy as np
@@ -17,6 +21,7 @@ from moto.server import ThreadedMotoServer
 from PIL import Image, ImageDraw
 
 from mixer_platform.demo.cluster import LocalCluster, processes
+from mixer_platform.errors import MixerError
 from mixer_platform.simulate.config import ClickConfig, SimulateConfig
 from mixer_platform.simulate.emoji import Thing
 from mixer_platform.simulate.job import build
@@ -91,16 +96,55 @@ def test_submitted_jobs_make_an_index_that_is_searched(marketplace: Path, worksp
         evaluated = cluster.submit("evaluate", common)
         assert evaluated["queries"] == 16
         assert 0 < evaluated["r1"] <= evaluated["r5"] <= 1
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            said = refused(cluster, [*common, f"serve.port={port}", "serve.keep_up=false"])
+            assert said == f"port {port} on 127.0.0.1 is in use; stop what uses it or set serve.port=..."
+        said = refused(cluster, [*common, "serve.port=0", "serve.keep_up=false", "serve.model=another"])
+        assert said.startswith(f"index {indexed['version']} was built by model {trained['version']}, not by another: ")
         served = cluster.submit("serve", [*common, "serve.port=0", "serve.keep_up=false"])
-        photo = marketplace / pq.read_table(marketplace / "val.parquet")["image"][0].as_py()
-        body = {"image": base64.b64encode(photo.read_bytes()).decode(), "k": 3}
-        request = urllib.request.Request(
-            f"{served['url']}/v1/search", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            reply = json.load(response)
+        photo = (marketplace / pq.read_table(marketplace / "val.parquet")["image"][0].as_py()).read_bytes()
+        status, reply = search(served["url"], photo, k=3)
+        assert status == 200
         assert len(reply["items"]) == 3
         assert (reply["model"], reply["index"]) == (trained["version"], indexed["version"])
         scores = [item["score"] for item in reply["items"]]
         assert scores == sorted(scores, reverse=True)
+        for body, k, sentence in (
+            (photo, 0, "k is 0; it must be from 1 to 1000"),
+            (b"<html>", 3, "the photo cannot be used: not a JPEG, PNG or WebP picture"),
+            (photo[: len(photo) // 2], 3, "the photo cannot be used: broken picture: "),
+            (wide_png(), 3, "the photo cannot be used: picture of 20000 x 20000 pixels; at most 40 million"),
+        ):
+            status, reply = search(served["url"], body, k)
+            assert status == 422
+            assert reply["error"]["message"].startswith(sentence)
     assert processes(cluster.mark) == [], "the cluster leaves no process behind"
+
+
+def refused(cluster: LocalCluster, arguments: list[str]) -> str:
+    """Submit a serve job that fails, and return the sentence that it says."""
+    with pytest.raises(MixerError, match="serve failed"):
+        cluster.submit("serve", arguments)
+    (said,) = re.findall(r"^error: (.*)$", (cluster.logs / "serve.log").read_text(), re.MULTILINE)
+    return said
+
+
+def search(url: str, photo: bytes, k: int) -> tuple[int, dict[str, Any]]:
+    """Ask over HTTP; return the status and the reply."""
+    body = json.dumps({"image": base64.b64encode(photo).decode(), "k": k}).encode()
+    request = urllib.request.Request(f"{url}/v1/search", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def wide_png() -> bytes:
+    """Return a whole PNG of 20,000 x 20,000 white pixels, one bit each."""
+    file = io.BytesIO()
+    Image.new("1", (20_000, 20_000), 1).save(file, "PNG")
+    return file.getvalue()
