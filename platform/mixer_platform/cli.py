@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -48,16 +49,17 @@ def connect() -> None:
     """
     if ray.is_initialized():
         return
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
+        if host and port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(logging_level=logging.WARNING, log_to_driver=True)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        address = os.environ.get("RAY_ADDRESS")
+    except (OSError, RuntimeError, ValueError) as error:
         if not address:
             raise
-        first = str(error).strip().splitlines()[0]
-        raise MixerError(
-            f"RAY_ADDRESS={address}: no Ray cluster can be joined there ({first}); mend or unset it"
-        ) from error
+        reason = str(error).strip().splitlines()[0]
+        raise MixerError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({reason}); mend or unset it") from error
 
 
 def fail(error: MixerError) -> NoReturn:

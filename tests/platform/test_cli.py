@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ def test_an_error_from_a_ray_task_is_the_same_sentence(capsys: pytest.CaptureFix
     status, said = run_and_fail(job, capsys)
     assert status == 1
     assert said.splitlines()[-1] == "error: s3://b/k: no such key"
+
+
+def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.ray, "is_initialized", lambda: False)  # the tests' cluster is another one
+    with socket.socket() as bound_only:
+        bound_only.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound_only.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(MixerError, match=f"RAY_ADDRESS={address}: no Ray cluster answers there"):
+            cli.connect()
 
 
 @pytest.mark.usefixtures("arguments")
