@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -38,7 +38,9 @@ class TrainConfig(Section):
     gpus_per_worker: float = Field(0, ge=0)
     epochs: int = Field(15, ge=1)
     batch_size: int = Field(256, ge=1, description="samples a step, over all workers")
-    neighbours: int = Field(10, ge=0, description="visual neighbours asked whether a label is right; 0: none are")
+    neighbours: int = Field(
+        10, ge=0, description="visual neighbours asked whether a label is right; 0: none; needs a frozen encoder"
+    )
     views: int = Field(1, ge=1, description="augmented views of a picture, cached when the encoder is frozen")
     tower_lr: float = Field(1e-3, gt=0)
     classifier_lr: float = Field(1e-2, gt=0)
@@ -55,7 +57,7 @@ class TrainConfig(Section):
     holdout: float = Field(0.05, ge=0, lt=0.5, description="share of query samples kept out to follow recall")
     recall_every: int = Field(1, ge=1, description="epochs from one measurement of the held-out recall to the next")
     max_failures: int = Field(2, ge=0, description="how often Ray Train restarts the workers before it gives up")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class IndexConfig(Section):
@@ -69,10 +71,10 @@ class IndexConfig(Section):
 
 
 class EvaluateConfig(Section):
-    ks: tuple[int, ...] = (1, 5, 10)
+    ks: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 5, 10), min_length=1)
     baseline: bool = Field(True, description="measure the untrained image encoder too")
     contact_sheet: int = Field(8, ge=0, description="queries on the contact sheet")
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class ReplicasConfig(Section):
@@ -165,7 +167,10 @@ def _sentence(error: ValidationError, path: str, overridden: set[str]) -> str:
         return f"{place}: {key}: unknown key; {hint}"
     if first["type"] == "missing":
         return f"{place}: {key}: missing; give it in the file or as {key}=VALUE"
-    expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        within = any(name == key or name.startswith(f"{key}.") for name in overridden)
+        return f"{'command line' if within else path}: {key}: {first['ctx']['error']}"
+    expected = first["msg"].removeprefix("Input should be ")
     return f"{place}: {key}: expected {expected}, found {first['input']!r}"
 
 

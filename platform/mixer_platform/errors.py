@@ -25,5 +25,9 @@ class ConflictError(StorageError):
     """Somebody else published first; what they published is in use and untouched."""
 
 
+class MissingError(StorageError):
+    """What a key or a URI names is not there, or never can be; another try will not find it."""
+
+
 class VersionError(MixerError):
     """Two derived things do not belong together, such as an index and a model that did not write it."""

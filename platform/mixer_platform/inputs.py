@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import ray.data
 
 from mixer_platform.errors import InputError
-from mixer_platform.schema import Table, broken_rows, check_schema, conform
+from mixer_platform.schema import Table, broken_rows, check_attributes, check_schema, conform
 from mixer_platform.storage import LocalStorage, Storage, open_storage, resolve_uri
 
-REASON = "reason"
-RAW = "raw"
+REASON = "__reason"
+RAW = "__raw"
 _LINES_TOGETHER = 8192
 _ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
 
@@ -57,13 +57,15 @@ def find_input(data: str, table: Table) -> InputFiles:
 def find_file(path: str, table: Table) -> InputFiles:
     """Take one named file as the input `table`. Raises InputError if it is not there."""
     root, _, name = path.rpartition("/")
+    if not name.endswith(_ENDINGS):
+        raise InputError(f"{path}: not a file of a kind that is read; expected {', '.join(_ENDINGS)}")
     storage = _open_data(root or ".")
     tag = storage.tag(name)
     return _checked(table, storage, {name: tag} if tag else {}, path)
 
 
 def read_input(files: InputFiles) -> ray.data.Dataset:
-    """Return the rows with the contract's columns plus `reason` (null: sound) and `raw` (JSON of a broken row).
+    """Return the rows with the contract's columns plus REASON (null: sound) and RAW (JSON of a broken row).
 
     The picture column `image`, where the table has one, is resolved to an absolute URI.
     """
@@ -86,7 +88,7 @@ def read_lines(keys: pa.Table, storage: Storage) -> Iterator[pa.Table]:
     for key in keys["key"].to_pylist():
         try:
             with storage.filesystem.open_input_stream(storage.path(key)) as stream:  # unpacks .gz
-                lines = (line for line in map(bytes.strip, io.BufferedReader(stream)) if line)
+                lines = (line.rstrip(b"\r\n") for line in io.BufferedReader(stream) if line.strip())
                 while some := list(itertools.islice(lines, _LINES_TOGETHER)):
                     yield pa.table({"line": pa.array(some, pa.binary())})
         except OSError as error:
@@ -126,6 +128,7 @@ def _parse_lines(batch: pa.Table, table: Table) -> tuple[pa.Table, pa.Table]:
     names = dict.fromkeys(table.columns.names)
     if table.keep_others:
         names |= dict.fromkeys(name for row in rows for name in row or ())
+    check_attributes(names, table, table.name)
     columns = {}
     for name in names:
         values = [(row or {}).get(name) for row in rows]
@@ -148,6 +151,8 @@ def _parse_lines(batch: pa.Table, table: Table) -> tuple[pa.Table, pa.Table]:
 def _json_object(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
+        if b"\\ud" in line.lower():  # half a surrogate pair parses, but is no text
+            json.dumps(row, ensure_ascii=False).encode()
     except ValueError:
         return None
     return row if isinstance(row, dict) else None

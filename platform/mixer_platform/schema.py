@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow.compute as pc
 
 from mixer_platform.errors import InputError
 
+POSITIONS = 10_000  # on a result page
 EVENTS = ("impression", "click", "add_to_cart", "purchase")
 
 
@@ -76,8 +78,14 @@ TRUTH = Table(
 )
 
 
+# What the contract puts beside an item's attributes; what a job marks rows with begins with OWN and is not kept.
+RESERVED = frozenset({"id", "embedding", "fingerprint"})
+OWN = "__"
+
+
 def check_schema(found: pa.Schema, table: Table, source: str) -> None:
     """Raise InputError unless `found`, the schema of the file `source`, has the columns of `table`."""
+    check_attributes(found.names, table, source)
     for field in table.columns:
         index = found.get_field_index(field.name)
         if index < 0:
@@ -87,6 +95,15 @@ def check_schema(found: pa.Schema, table: Table, source: str) -> None:
         actual = found.field(index).type
         if not any(fits(actual) for fits in _FAMILIES[field.type]):
             raise InputError(f"{source}: column {field.name} is {actual}, expected {field.type}; cast it and try again")
+
+
+def check_attributes(names: Iterable[str], table: Table, source: str) -> None:
+    """Raise InputError if an attribute of `table` has a name that the platform uses itself."""
+    taken = sorted(name for name in names if name in RESERVED or name.startswith(OWN)) if table.keep_others else []
+    if taken:
+        raise InputError(
+            f"{source}: column {taken[0]} has a name that is used inside; rename it, as in shop_{taken[0].strip('_')}"
+        )
 
 
 def conform(batch: pa.Table, table: Table) -> pa.Table:
@@ -122,6 +139,7 @@ def broken_rows(batch: pa.Table, table: Table) -> pa.Array:
         reasons = _because(reasons, pc.invert(known), "event is unknown")
         reasons = _because(reasons, pc.less(batch["timestamp_ms"], 1), "timestamp_ms is not positive")
         reasons = _because(reasons, pc.less(batch["position"], 0), "position is negative")
+        reasons = _because(reasons, pc.greater_equal(batch["position"], POSITIONS), f"position is {POSITIONS} or more")
     return reasons
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -18,8 +19,9 @@ import boto3
 import pyarrow.fs
 from botocore.exceptions import BotoCoreError, ClientError
 
-from mixer_platform.errors import ConflictError, StorageError
+from mixer_platform.errors import ConflictError, MissingError, StorageError
 
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP}
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+://")
 
 
@@ -56,12 +58,15 @@ def open_storage(uri: str) -> Storage:
     if uri.startswith("s3://"):
         return S3Storage(uri)
     if _SCHEME.match(uri):
-        raise StorageError(f"{uri}: a workspace is a folder or s3://bucket/prefix; other schemes are not supported")
+        raise MissingError(f"{uri}: only folders and s3://bucket/prefix are read and written")
     return LocalStorage(uri)
 
 
 def read_uri(uri: str) -> bytes:
-    """Return the bytes behind a picture's URI: an absolute path or `s3://bucket/key`. Raises StorageError."""
+    """Return the bytes behind a picture's URI: an absolute path or `s3://bucket/key`.
+
+    Raises MissingError if there is no such picture, StorageError if the storage does not answer.
+    """
     if not _SCHEME.match(uri):
         root, key = os.path.split(uri)
         return LocalStorage(root).read(key)
@@ -145,8 +150,11 @@ class LocalStorage:
     def _explained(self, key: str) -> Iterator[None]:
         try:
             yield
+        except ValueError as error:  # a name with a null byte
+            raise MissingError(f"{key!r}: {error}") from error
         except OSError as error:
-            raise StorageError(f"{self.path(key)}: {error.strerror or error}") from error
+            kind = MissingError if error.errno in _NOT_THERE else StorageError
+            raise kind(f"{self.path(key)}: {error.strerror or error}") from error
 
 
 class S3Storage:
@@ -196,7 +204,7 @@ class S3Storage:
             try:
                 return self.client.head_object(Bucket=self.bucket, Key=self._key(key))["ETag"]
             except ClientError as error:
-                if error.response["Error"]["Code"] in {"404", "NoSuchKey", "NotFound"}:
+                if _is_missing(error):
                     return None
                 raise
 
@@ -233,7 +241,13 @@ class S3Storage:
         try:
             yield
         except (ClientError, BotoCoreError) as error:
-            raise StorageError(f"{self.uri}/{key}: {error}") from error
+            kind = MissingError if _is_missing(error) else StorageError
+            raise kind(f"{self.uri}/{key}: {error}") from error
+
+
+def _is_missing(error: Exception) -> bool:
+    code = error.response["Error"]["Code"] if isinstance(error, ClientError) else None
+    return code in {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
 
 
 def _file_tag(path: Path) -> str:

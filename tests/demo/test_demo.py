@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-from mixer_platform.demo.cluster import MARK, processes
-from mixer_platform.demo.job import table
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mixer_platform.demo.cluster import MARK, processes, progress
+from mixer_platform.demo.job import read_questions, table
 from mixer_platform.demo.memory import PeakMemory, proportional_kib
 
 
@@ -33,6 +37,29 @@ def test_processes_are_known_by_their_mark_and_their_memory_is_counted() -> None
         child.communicate("\n")
     assert processes("test-mark") == []
     assert proportional_kib(child.pid) == 0
+
+
+def test_progress_tells_rows_epochs_and_errors() -> None:
+    rows = "2026-11-24 03:32:44,915\tINFO logging_progress.py:231 -- MapBatches(FeatureWorker): 3264/4672"
+    assert progress(rows) == "[####################..........] 3,264 of 4,672 rows through FeatureWorker"
+    beyond = rows.replace("4672", "1")  # Ray Data's totals are guesses at first
+    assert progress(beyond) == f"[{'#' * 30}] 3,264 of 3,264 rows through FeatureWorker"
+    epoch = (
+        "(RayTrainWorker pid=1) TrainingReport(checkpoint=None, metrics={'epoch': 4, 'loss': 4.0268, 'seconds': 4.3})"
+    )
+    assert progress(epoch) == "epoch 5, loss 4.027"
+    assert progress("x Dataset d_0 execution finished in 3.28 seconds") == "Ray Data: one pass done in 3.3 s"
+    assert progress("error: d/items: not found") == "error: d/items: not found"
+    assert progress("03:24:50 index a is there already") == "03:24:50 index a is there already"
+    assert progress('{"loss": 1}') is None
+    assert progress("2026-11-24 03:32:44,915 INFO anything") is None
+
+
+def test_questions_are_spread_over_what_was_asked(tmp_path: Path) -> None:
+    (tmp_path / "reports").mkdir()
+    pq.write_table(pa.table({"query_id": [str(n) for n in range(10)]}), tmp_path / "reports/r.parquet")
+    assert [row["query_id"] for row in read_questions(tmp_path, "r", 3)] == ["0", "3", "6"]
+    assert len(read_questions(tmp_path, "r", 99)) == 10
 
 
 def test_the_table_holds_quality_stages_and_latency() -> None:

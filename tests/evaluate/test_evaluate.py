@@ -25,7 +25,7 @@ def test_measure_by_hand() -> None:
 def test_a_right_item_is_framed_and_a_missing_picture_is_no_crash(tmp_path: Path) -> None:
     picture = tmp_path / "p.png"
     Image.new("RGB", (64, 64), "blue").save(picture)
-    items = [{"item_id": "a", "title": None, "image": str(picture), "score": 0.9}, {"item_id": "b", "score": 0.1}]
+    items = [(0.9, {"item_id": "a", "title": None, "image": str(picture)}), (0.1, {"item_id": "b"})]
     found = found_items(items, {"a"})
     assert found == [Found(str(picture), "a", 0.9, True), Found(None, "b", 0.1, False)]
     framed = Image.open(io.BytesIO(draw_sheet([(str(picture), found)])))

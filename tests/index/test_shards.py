@@ -12,6 +12,7 @@ import pytest
 from mixer_platform.errors import StorageError
 from mixer_platform.gallery import MISSING, Shard, merge_top_k
 from mixer_platform.index import shards as sharding
+from mixer_platform.index.job import _first_of_each
 from mixer_platform.index.shards import (
     assign_ids,
     exact_top_k,
@@ -21,6 +22,7 @@ from mixer_platform.index.shards import (
     training_size,
     write_shard,
 )
+from mixer_platform.inputs import REASON
 
 DIM = 16
 
@@ -108,3 +110,10 @@ def test_an_ivf_template_is_empty_and_trained() -> None:
     index = faiss.deserialize_index(trained_template("IVF4,Flat", DIM, unit(np.random.default_rng(2), 200)))
     assert index.is_trained
     assert index.ntotal == 0
+
+
+def test_of_repeated_items_a_sound_one_stays() -> None:
+    batch = pa.table({"item_id": ["a", "a", "b", "b"], REASON: [None, "title is broken", "x", "y"], "n": [0, 1, 2, 3]})
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        kept = _first_of_each(batch.take(order))
+        assert kept.to_pylist() == [{"item_id": "a", REASON: None, "n": 0}, {"item_id": "b", REASON: "x", "n": 2}]

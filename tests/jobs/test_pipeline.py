@@ -7,9 +7,11 @@ import io
 import json
 import re
 import socket
+import subprocess
 import urllib.error
 import urllib.request
 import uuid
+import venv
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from mixer_platform.simulate.emoji import Thing
 from mixer_platform.simulate.job import build
 
 pytestmark = pytest.mark.slow
+ATTRIBUTES = ("kind", "reason", "raw", "score", "shard", "state", "text", "weight")  # the platform has such columns too
 
 
 def thing(number: int) -> Thing:
@@ -56,6 +59,10 @@ def marketplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("shop") / "data"
     clicks = ClickConfig(sessions_per_query=12, demand_ratio=3, page_size=6, pool_size=8)
     build([thing(number) for number in range(24)], SimulateConfig(val_photos=16, clicks=clicks), folder)
+    items = pq.read_table(folder / "items.parquet")
+    for name in ATTRIBUTES:
+        items = items.append_column(name, items["item_id"])
+    pq.write_table(items, folder / "items.parquet")
     return folder
 
 
@@ -77,10 +84,29 @@ def workspace(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     server.stop()
 
 
-def test_submitted_jobs_make_an_index_that_is_searched(marketplace: Path, workspace: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a Python that has the dependencies but not the project, as a cluster's image does."""
+    folder = tmp_path_factory.mktemp("python")
+    venv.create(folder, symlinks=True)
+    (site,) = (folder / "lib").glob("python3*/site-packages")
+    # Its packages are found there, but not what its own .pth files add: the editable project.
+    (site / "dependencies.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
+    ray = folder / "bin/ray"
+    ray.write_text(f"#!{folder}/bin/python\nfrom ray.scripts.scripts import main\nmain()\n")
+    ray.chmod(0o755)
+    for package in ("mixer", "mixer_platform"):
+        found = subprocess.run([folder / "bin/python", "-c", f"import {package}"], cwd="/", capture_output=True)
+        assert b"ModuleNotFoundError" in found.stderr
+    return folder / "bin"
+
+
+def test_submitted_jobs_make_an_index_that_is_searched(
+    marketplace: Path, workspace: str, programs: Path, tmp_path: Path
+) -> None:
     common = ["--config", "jobs/configs/demo.yaml", f"data={marketplace}", f"workspace={workspace}"]
     common += ["train.epochs=3", "train.views=1", "index.recall_queries=20"]
-    cluster = LocalCluster(tmp_path / "logs")
+    cluster = LocalCluster(tmp_path / "logs", programs)
     with cluster:
         prepared = cluster.submit("prepare", common)
         for figures in prepared["tables"].values():
@@ -109,6 +135,8 @@ def test_submitted_jobs_make_an_index_that_is_searched(marketplace: Path, worksp
         status, reply = search(served["url"], photo, k=3)
         assert status == 200
         assert len(reply["items"]) == 3
+        for item in reply["items"]:
+            assert {name: item["attributes"][name] for name in ATTRIBUTES} == dict.fromkeys(ATTRIBUTES, item["id"])
         assert (reply["model"], reply["index"]) == (trained["version"], indexed["version"])
         scores = [item["score"] for item in reply["items"]]
         assert scores == sorted(scores, reverse=True)

@@ -72,6 +72,9 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str, said: str) -
         ("train.epochs=none", "command line: train.epochs: expected a valid integer"),
         ("train.epocs=3", "command line: train.epocs: unknown key; did you mean epochs?"),
         ("data.folder=3", "command line: data.folder: data is a value, not a section"),
+        ("model.concept_dim=30", "command line: model: concept_dim 30 is not a multiple of heads 4"),
+        ("train.seed=-1", "command line: train.seed: expected greater than or equal to 0, found -1"),
+        ("evaluate.ks=[]", "command line: evaluate.ks: "),
         ("data=[1", "command line: data: '[1' is not a YAML value"),
     ],
 )

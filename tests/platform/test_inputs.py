@@ -84,6 +84,8 @@ def test_one_named_file(tmp_path: Path) -> None:
     assert find_file(f"{tmp_path}/val.parquet", TRUTH).paths == [f"{tmp_path}/val.parquet"]
     with pytest.raises(InputError, match=r"test.parquet: not found"):
         find_file(f"{tmp_path}/test.parquet", TRUTH)
+    with pytest.raises(InputError, match=r"val.csv: not a file of a kind that is read; expected .parquet, .jsonl"):
+        find_file(f"{tmp_path}/val.csv", TRUTH)
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -135,9 +137,10 @@ def test_lines_that_are_not_unicode_are_broken_rows(tmp_path: Path) -> None:
 
 
 def test_broken_json_lines_are_kept_as_they_came() -> None:
-    rows = marked(['{"query_id": "a", ', "[1]", "3", "null", {"query_id": "q", "image": "x"}], QUERIES)
-    assert [row[REASON] for row in rows] == ["not a JSON object"] * 4 + [None]
-    assert [row[RAW] for row in rows] == ['{"query_id": "a", ', "[1]", "3", "null", None]
+    half = '{"query_id": "\\ud83d", "image": "x"}'  # of a surrogate pair
+    rows = marked(['{"query_id": "a", ', "[1]", "3", "null", half, {"query_id": "q", "image": "x"}], QUERIES)
+    assert [row[REASON] for row in rows] == ["not a JSON object"] * 5 + [None]
+    assert [row[RAW] for row in rows] == ['{"query_id": "a", ', "[1]", "3", "null", half, None]
     assert rows[-1]["image"] == "/d/x"
 
 

@@ -6,7 +6,9 @@ import pyarrow as pa
 import pytest
 
 from mixer_platform.errors import InputError
-from mixer_platform.schema import ITEMS, LOGS, QUERIES, TRUTH, broken_rows, check_schema, conform
+from mixer_platform.index.embed import STATE
+from mixer_platform.inputs import RAW, REASON
+from mixer_platform.schema import ITEMS, LOGS, QUERIES, RESERVED, TRUTH, broken_rows, check_schema, conform
 
 
 def log_rows(**columns: list) -> pa.Table:
@@ -78,8 +80,8 @@ def test_kindred_types_are_taken_without_loss(column: str, array: pa.Array) -> N
 
 
 def test_numbers_that_do_not_fit_are_missing_not_wrapped() -> None:
-    high = [2**31 - 1, 2**31, -(2**31) - 1, 2**62, -(2**63)]
-    assert reasons_of(log_rows(position=high)) == [None] + ["position is missing"] * 4
+    high = [2**31, -(2**31) - 1, 2**62, -(2**63)]
+    assert reasons_of(log_rows(position=high)) == ["position is missing"] * 4
     floats = pa.array([1.0, float("nan"), float("inf"), 1e30, None])
     assert reasons_of(log_rows(timestamp_ms=floats)) == [None] + ["timestamp_ms is missing"] * 4
 
@@ -101,3 +103,17 @@ def test_attributes_of_items_stay_and_other_columns_of_logs_go() -> None:
         {"item_id": "a", "title": None, "description": None, "image": None, "price": 1.5, "tags": ["x"]}
     ]
     assert conform(log_rows(event=["click"], extra=[1]), LOGS).schema == LOGS.columns
+
+
+@pytest.mark.parametrize("name", [*sorted(RESERVED), REASON, RAW, STATE])
+def test_an_attribute_with_a_name_used_inside_is_refused(name: str) -> None:
+    found = pa.schema([("item_id", pa.string()), (name, pa.string())])
+    with pytest.raises(InputError, match=rf"items.parquet: column {name} has a name .*; rename it, as in shop_"):
+        check_schema(found, ITEMS, "items.parquet")
+
+
+def test_a_position_that_no_page_has_is_broken() -> None:
+    row = {"event_id": "e", "timestamp_ms": 5, "session_id": "s", "query_id": "q", "item_id": "i", "event": "click"}
+    rows = [row | {"position": position} for position in (9_999, 10_000, 2_000_000_000)]
+    batch = conform(pa.Table.from_pylist(rows), LOGS)
+    assert broken_rows(batch, LOGS).to_pylist() == [None, *["position is 10000 or more"] * 2]

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mixer_platform.errors import ConflictError, StorageError
+from mixer_platform.errors import ConflictError, MissingError, StorageError
 from mixer_platform.storage import LocalStorage, Storage, open_storage, read_uri, resolve_uri
 
 
@@ -178,5 +178,18 @@ def test_a_service_that_does_not_answer_is_one_sentence(s3: str, monkeypatch: py
 
 
 def test_other_schemes_are_refused() -> None:
-    with pytest.raises(StorageError, match=r"^gs://b/p: a workspace is a folder or s3://bucket/prefix"):
+    with pytest.raises(StorageError, match=r"^gs://b/p: only folders and s3://bucket/prefix are read and written"):
         open_storage("gs://b/p")
+
+
+def test_a_picture_that_is_not_there_is_told_from_storage_that_is_away(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for uri in ("/no/such.jpg", "/dev/null/x.jpg", f"/{'long' * 99}", "/a\0b", "https://shop/x.jpg", f"s3://{s3}/none"):
+        with pytest.raises(MissingError):
+            read_uri(uri)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(StorageError) as away:
+        read_uri(f"s3://{s3}/not/read/before")
+    assert not isinstance(away.value, MissingError)

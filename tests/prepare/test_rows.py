@@ -101,7 +101,7 @@ def test_quarantine_and_sound_rows_part() -> None:
     kept = rows.quarantined(batch, "items")
     assert kept.schema == rows.QUARANTINE
     assert kept["table"].to_pylist() == ["items"] * 2
-    assert kept[REASON].to_pylist() == ["x", "y"]
-    assert json.loads(kept[RAW][0].as_py()) == {"key": "b", "added": "1970-01-01 00:00:02"}
-    assert kept[RAW][1].as_py() == "as it came"
+    assert kept["reason"].to_pylist() == ["x", "y"]
+    assert json.loads(kept["raw"][0].as_py()) == {"key": "b", "added": "1970-01-01 00:00:02"}
+    assert kept["raw"][1].as_py() == "as it came"
     assert rows.sound(batch).to_pylist() == batch.slice(0, 1).drop_columns([REASON, RAW]).to_pylist()

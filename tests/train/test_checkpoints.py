@@ -72,3 +72,14 @@ def test_the_last_two_are_kept(checkpoints: Checkpoints) -> None:
 def test_runs_are_apart(checkpoints: Checkpoints) -> None:
     checkpoints.publish(0, {"step": 1})
     assert Checkpoints(checkpoints.storage, "run2").latest() is None
+
+
+def test_what_an_interrupted_epoch_left_is_cleared(checkpoints: Checkpoints) -> None:
+    for rank in range(2):
+        owned = class_range(3, 2, rank)
+        checkpoints.write_classes(1, owned, rows_of(3, owned))
+    checkpoints.write_classes(0, range(3), rows_of(3, range(3)))
+    checkpoints.clear(1)
+    checkpoints.write_classes(1, range(3), rows_of(3, range(3)))
+    assert torch.equal(checkpoints.read_classes(1, range(3))["weight"], rows_of(3, range(3))["weight"])
+    assert torch.equal(checkpoints.read_classes(0, range(3))["weight"], rows_of(3, range(3))["weight"])

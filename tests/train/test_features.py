@@ -125,8 +125,15 @@ def test_doubt_lowers_the_weight_of_photos_only(cached: FeatureSamples) -> None:
     assert torch.equal(cached.weights[PHOTOS:], before[PHOTOS:])
 
 
-def test_pooled_leaves_missing_pictures_out(cached: FeatureSamples) -> None:
-    assert cached.pooled().shape == (PHOTOS + ITEMS - 1, 16)
+def test_pooled_leaves_missing_pictures_out(cached: FeatureSamples, model: MixerModel) -> None:
+    assert cached.pooled(model.towers).shape == (PHOTOS + ITEMS - 1, 16)
+
+
+@torch.no_grad()
+def test_items_are_pooled_as_the_towers_do(cached: FeatureSamples, model: MixerModel) -> None:
+    batch = cached.batch(np.arange(PHOTOS, PHOTOS + ITEMS), plan())
+    expected = model.towers.pool(batch.pictures[batch.has_image].float())
+    torch.testing.assert_close(cached.pooled(model.towers)[PHOTOS:], expected)
 
 
 def test_pictures_as_needed_give_the_same_batches(

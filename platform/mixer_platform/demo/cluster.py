@@ -14,25 +14,34 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from mixer_platform.errors import MixerError
+from mixer_platform.loopback import open_url
 from mixer_platform.versions import commit
 
 ROOT = Path(__file__).parents[3]
 MARK = "MIXER_DEMO"  # in the environment of every process of the demo
-_SHOWN = re.compile(r"execution finished|Reporting training result|^error: |^\d\d:\d\d:\d\d ")
+_ATTEMPTS = 3
+_PASSED = re.compile(r"execution finished in ([\d.]+) seconds")
+_ROWS = re.compile(r"\((\w+)Worker\): (\d+)/(\d+)$")
+_EPOCH = re.compile(r"'epoch': (\d+), 'loss': ([\d.]+)")
+_SAID = re.compile(r"^(error: .*|\d\d:\d\d:\d\d .*)")
 # Ray Data runs each kind of shuffle task in workers of its own, and starting one takes seconds: keep them.
 _KEEP_WORKERS = {"num_workers_soft_limit": 12, "idle_worker_killing_time_threshold_ms": 60_000}
 _RUNTIME_ENV = {"env_vars": {"PYTHONPATH": "platform"}}
 
 
 class LocalCluster:
-    """`ray start --head` on free ports, with a token of its own; ended by leaving the context."""
+    """`ray start --head` on free ports, with a token of its own; ended by leaving the context.
 
-    def __init__(self, logs: Path) -> None:
+    `programs` is the folder of the `ray` and the `python` of the cluster; default: this Python's.
+    """
+
+    def __init__(self, logs: Path, programs: Path | None = None) -> None:
         self.logs = logs
         self.mark = secrets.token_hex(8)
         self.dashboard = _free_port()
@@ -42,7 +51,8 @@ class LocalCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_ADDRESS": "",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "NO_PROXY": ",".join(["127.0.0.1", "localhost", *os.environ.get("NO_PROXY", "").split(",")]),
+            "PATH": f"{programs or Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONUNBUFFERED": "1",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nobody else asks the service: end at once
             "MIXER_COMMIT": commit(ROOT) or "",  # jobs get the files, not the repository
@@ -93,7 +103,8 @@ class LocalCluster:
         while (left := processes(self.mark)) and time.monotonic() < deadline:
             time.sleep(0.2)
         for process in left:
-            os.kill(process, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
         self._scratch.cleanup()
 
     def submit(self, name: str, arguments: Sequence[str]) -> dict[str, Any]:
@@ -127,20 +138,24 @@ class LocalCluster:
             status = self._ask(f"/api/jobs/{job}")["status"]  # before the output, which is whole once the job has ended
             output = self._ask(f"/api/jobs/{job}/logs")["logs"] or ""
             whole = output if status not in ("PENDING", "RUNNING") else output[: output.rfind("\n") + 1]
-            for line in whole[len(seen) :].splitlines():
-                if not line.startswith("{") and _SHOWN.search(line):
-                    print("   ", line.rstrip()[:150], flush=True)
+            for shown in filter(None, map(progress, whole[len(seen) :].splitlines())):
+                print("   ", shown, flush=True)
             log.write(whole[len(seen) :])
             seen = whole
         return status == "SUCCEEDED"
 
     def _ask(self, path: str) -> dict[str, Any]:
         token = {"Authorization": f"Bearer {self._environment['RAY_AUTH_TOKEN']}"}
-        try:
-            with urllib.request.urlopen(urllib.request.Request(self._url + path, headers=token), timeout=60) as reply:
-                return json.load(reply)
-        except OSError as error:
-            raise MixerError(f"Ray does not answer any more ({error}); see {self.logs / 'ray.log'}") from error
+        attempt = 0
+        while True:
+            try:
+                with open_url(urllib.request.Request(self._url + path, headers=token), 30) as reply:
+                    return json.load(reply)
+            except OSError as error:
+                attempt += 1
+                if attempt == _ATTEMPTS:
+                    raise MixerError(f"Ray does not answer any more ({error}); see {self.logs / 'ray.log'}") from error
+                time.sleep(1)
 
     def _wait_until_up(self) -> None:
         deadline = time.monotonic() + 120
@@ -148,13 +163,27 @@ class LocalCluster:
             if self._head.poll() is not None:
                 raise MixerError(f"Ray did not start; see {self.logs / 'ray.log'}")
             try:
-                with urllib.request.urlopen(f"{self._url}/api/version", timeout=2):
+                with open_url(f"{self._url}/api/version", 2):
                     return
             except urllib.error.HTTPError:
                 return  # it answers: without the token, with a refusal
             except OSError:
                 time.sleep(0.2)
         raise MixerError(f"Ray did not answer within 120 s; see {self.logs / 'ray.log'}")
+
+
+def progress(line: str) -> str | None:
+    """Return what a line of a job's output tells a person of its progress, if anything."""
+    if rows := _ROWS.search(line):
+        what, done, total = rows[1], int(rows[2]), max(int(rows[2]), int(rows[3]))
+        filled = 30 * done // max(total, 1)
+        return f"[{'#' * filled}{'.' * (30 - filled)}] {done:,} of {total:,} rows through {what}Worker"
+    if epoch := _EPOCH.search(line):
+        return f"epoch {int(epoch[1]) + 1}, loss {float(epoch[2]):.3f}"
+    if passed := _PASSED.search(line):
+        return f"Ray Data: one pass done in {float(passed[1]):.1f} s"
+    said = _SAID.match(line)
+    return said[1] if said else None
 
 
 def processes(mark: str) -> list[int]:

@@ -18,14 +18,16 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from mixer_platform.cli import fail
-from mixer_platform.config import RunConfig, load_config
+from mixer_platform.config import load_config
 from mixer_platform.demo.cluster import ROOT, LocalCluster, processes
 from mixer_platform.demo.memory import PeakMemory
 from mixer_platform.errors import MixerError
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
+from mixer_platform.evaluate.job import find_truth
+from mixer_platform.loopback import open_url
 from mixer_platform.simulate.emoji import fetch
 from mixer_platform.simulate.job import drawings_beside
-from mixer_platform.storage import resolve_uri
+from mixer_platform.storage import read_uri
 
 CONFIG, CONFIG_OF_YOUR_OWN = "jobs/configs/demo.yaml", "jobs/configs/local.yaml"
 _SHOWN_ROWS, _SHOWN_ITEMS = 8, 5
@@ -55,12 +57,14 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
     source = CONFIG_OF_YOUR_OWN if arguments.data else CONFIG
     config = load_config(ROOT / source, [f"data={data}", f"workspace={workspace}", *arguments.overrides])
     setup_seconds = arguments.setup_seconds
-    if not arguments.data:
+    if arguments.data:
+        find_truth(config)  # better missed now than after the training
+    else:
         began = time.monotonic()
         fetch(drawings_beside(data))
         setup_seconds += time.monotonic() - began
 
-    common = ["--config", source, f"data={data}", f"workspace={workspace}", *arguments.overrides]
+    common = ["--config", source, f"data={data}", f"workspace={workspace}"]
     started = time.monotonic()
     reports: dict[str, dict[str, Any]] = {}
     seconds: dict[str, float] = {}
@@ -69,13 +73,18 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
         with cluster:
             seconds["start Ray"] = time.monotonic() - started
             stages = ["prepare", "train", "index", "evaluate", "serve"]
+            more = {"serve": ["serve.port=0", "serve.keep_up=false"]}
             for stage in stages if arguments.data else ["simulate", *stages]:
                 began = time.monotonic()
-                more = ["serve.port=0", "serve.keep_up=false"] if stage == "serve" else []
-                reports[stage] = cluster.submit(stage, [*common, *more])
+                reports[stage] = cluster.submit(stage, [*common, *more.get(stage, []), *arguments.overrides])
+                # What is newest in a workspace need not be what this run made or found.
+                if stage == "prepare":
+                    more["train"] = [f"train.samples={reports[stage]['version']}"]
+                elif stage == "train":
+                    more["index"] = [f"index.model={reports[stage]['version']}"]
                 seconds[stage] = time.monotonic() - began
             began = time.monotonic()
-            questions = read_questions(config, arguments.queries)
+            questions = read_questions(workspace, reports["evaluate"]["version"], arguments.queries)
             replies, latencies = ask(reports["serve"]["url"], questions)
             seconds["query"] = time.monotonic() - began
         job_seconds = time.monotonic() - started
@@ -99,21 +108,20 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def read_questions(config: RunConfig, count: int) -> list[dict[str, Any]]:
-    """Return some of the photos with known answers, spread over all of them."""
-    rows = pq.read_table(Path(config.data) / "val.parquet").to_pylist()
-    step = max(1, len(rows) // count)
-    return [{**row, "image": resolve_uri(row["image"], config.data)} for row in rows[::step][:count]]
+def read_questions(workspace: Path, report: str, count: int) -> list[dict[str, Any]]:
+    """Return some of the photos that an evaluation asked, spread over all of them."""
+    rows = pq.read_table(workspace / "reports" / f"{report}.parquet").to_pylist()
+    return rows[:: max(1, len(rows) // count)][:count]
 
 
 def ask(url: str, questions: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float]]:
     """Search for every photo over HTTP, one after the other; return the replies and the milliseconds of each."""
     replies, latencies = [], []
     for question in [questions[0], *questions]:  # the first warms up
-        body = json.dumps({"image": base64.b64encode(Path(question["image"]).read_bytes()).decode(), "k": _SHOWN_ITEMS})
+        body = json.dumps({"image": base64.b64encode(read_uri(question["image"])).decode(), "k": _SHOWN_ITEMS})
         request = urllib.request.Request(f"{url}/v1/search", body.encode(), {"Content-Type": "application/json"})
         began = time.perf_counter()
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with open_url(request, 60) as response:
             replies.append(json.load(response))
         latencies.append(1000 * (time.perf_counter() - began))
     return replies[1:], latencies[1:]

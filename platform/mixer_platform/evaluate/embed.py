@@ -16,7 +16,7 @@ from mixer.config import ModelConfig
 from mixer.embedder import ImageFeatures, QueryEmbedder
 from mixer.images import UnreadableImage, decode
 from mixer_platform import versions
-from mixer_platform.errors import StorageError
+from mixer_platform.errors import MissingError
 from mixer_platform.inputs import REASON
 from mixer_platform.storage import Storage, open_storage, read_uri
 
@@ -26,17 +26,22 @@ _ROWS = pa.schema(
 )
 
 
-def sound_rows(batch: pa.Table, kind: str) -> pa.Table:
-    """Return the sound rows of the truth or of the items, in the columns that both have for `PhotoWorker`."""
-    batch = batch.filter(pc.is_null(batch[REASON]))
+def picture_rows(batch: pa.Table, kind: str) -> pa.Table:
+    """Return the rows of the truth, or the sound ones of the items, in the columns that both have for `PhotoWorker`.
+
+    A broken row of the truth loses its picture, and counts as a photo that cannot be used.
+    """
+    if kind == ITEM:
+        batch = batch.filter(pc.is_null(batch[REASON]))
     relevant = batch["relevant_item_ids"] if kind == PHOTO else pa.nulls(len(batch))
-    columns = [pa.array([kind] * len(batch), pa.string()), batch[0], batch["image"], relevant]
+    pictures = pc.if_else(pc.is_null(batch[REASON]), batch["image"], None)
+    columns = [pa.array([kind] * len(batch), pa.string()), batch[0], pictures, relevant]
     return pa.table(columns, names=_ROWS.names).cast(_ROWS)
 
 
 class PhotoWorker:
-    """`sound_rows` in; the same rows with `query` (a photo as the model embeds it) and `untrained` (pooled features of
-    the bare encoder, if its folder is given) out, null where the picture cannot be used."""
+    """`picture_rows` in; the same rows with `query` (a photo as the model embeds it) and `untrained` (pooled features
+    of the bare encoder, if its folder is given) out, null where the picture cannot be used."""
 
     def __init__(self, uri: str, model: str, encoder: str | None, pooling: str) -> None:
         storage = open_storage(uri)
@@ -94,5 +99,5 @@ def export_untrained(storage: Storage, architecture: ModelConfig) -> str:
 def _picture(uri: str | None) -> Image.Image | None:
     try:
         return None if uri is None else decode(read_uri(uri))
-    except (StorageError, UnreadableImage):
+    except (MissingError, UnreadableImage):
         return None

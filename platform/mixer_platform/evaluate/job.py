@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import ray.data
 
 from mixer.config import ModelConfig
@@ -21,7 +22,7 @@ from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import InputError
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
-from mixer_platform.evaluate.embed import ITEM, PHOTO, PhotoWorker, export_untrained, sound_rows
+from mixer_platform.evaluate.embed import ITEM, PHOTO, PhotoWorker, export_untrained, picture_rows
 from mixer_platform.gallery import MISSING, IndexManifest, Shard, merge_top_k, read_manifest
 from mixer_platform.inputs import InputFiles, find_file, find_input, read_input
 from mixer_platform.schema import ITEMS, TRUTH, Table
@@ -35,7 +36,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     """Ask the published index every truth photo; write `reports/<version>.json` and `.png`; return the report.
 
     The untrained encoder answers the same photos over the same gallery: features pooled, centred, cosine.
-    Raises InputError for a truth that cannot be used, VersionError if the index belongs to another model.
+    Raises InputError for a truth that cannot be used, StorageError when no index or not its model is there.
     """
     started = time.monotonic()
     storage = open_storage(config.workspace)
@@ -55,17 +56,17 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     relevant = [set(ids) for ids in asked["relevant_item_ids"].to_pylist()]
     depth = max(*config.evaluate.ks, _NDCG_K)
     results = search_index(storage, index, _vectors(asked["query"]), depth)
-    figures = measure([[item["item_id"] for item in found] for found in results], relevant, config.evaluate.ks)
+    figures = measure([[item["item_id"] for _, item in found] for found in results], relevant, config.evaluate.ks)
     report: dict[str, Any] = {
         **figures,
         "queries": len(asked),
-        "unreadable_photos": len(photos) - len(asked),
+        "unusable_photos": len(photos) - len(asked),
         "items": index.items,
         "index": index.version,
         "model": index.model,
         "samples": model["samples"],
     }
-    if encoder:
+    if encoder and items["untrained"].null_count < len(items):
         ranked = _untrained_ranking(asked, items, depth)
         report["untrained"] = measure(ranked, relevant, config.evaluate.ks)
     report |= {
@@ -76,6 +77,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         "seed": config.evaluate.seed,
         "seconds": round(time.monotonic() - started, 2),
     }
+    storage.write(f"{KIND}/{version}.parquet", _photo_table(asked))
     storage.write(f"{KIND}/{version}.png", _sheet(asked, results, relevant, config))
     storage.publish(f"{KIND}/{version}.json", versions.to_json(report), replaces=None)
     return report
@@ -88,8 +90,10 @@ def find_truth(config: RunConfig) -> InputFiles:
     return find_input(config.data, Table("val", TRUTH.required))
 
 
-def search_index(storage: Storage, index: IndexManifest, queries: np.ndarray, k: int) -> list[list[dict[str, Any]]]:
-    """Return the k best items of each query, best first: their display columns and `score`."""
+def search_index(
+    storage: Storage, index: IndexManifest, queries: np.ndarray, k: int
+) -> list[list[tuple[float, dict[str, Any]]]]:
+    """Return the k best items of each query, best first: their scores and display columns."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = versions.fetch(storage, f"index/{index.version}", scratch)
         shards = [Shard(folder, entry, index.search, threads=os.cpu_count() or 1) for entry in index.shards]
@@ -99,7 +103,7 @@ def search_index(storage: Storage, index: IndexManifest, queries: np.ndarray, k:
         mine = np.unique(ids[shard.holds(ids)])
         shown |= dict(zip(mine.tolist(), shard.items(mine), strict=True))
     return [
-        [{**shown[identity], "score": score} for score, identity in zip(*row, strict=True) if identity != MISSING]
+        [(score, shown[identity]) for score, identity in zip(*row, strict=True) if identity != MISSING]
         for row in zip(scores.tolist(), ids.tolist(), strict=True)
     ]
 
@@ -116,11 +120,11 @@ def measure(ranked: list[list[str]], relevant: list[set[str]], ks: tuple[int, ..
 def _pictures(
     truth: InputFiles, storage: Storage, model: str, encoder: str | None, architecture: ModelConfig, config: RunConfig
 ) -> tuple[pa.Table, pa.Table]:
-    """Return the sound photos and, for an `encoder`, the sound items, embedded, in order of their ids."""
-    rows = read_input(truth).map_batches(partial(sound_rows, kind=PHOTO), batch_format="pyarrow")
+    """Return the photos and, for an `encoder`, the sound items, embedded, in order of their ids."""
+    rows = read_input(truth).map_batches(partial(picture_rows, kind=PHOTO), batch_format="pyarrow")
     if encoder:
         items = read_input(find_input(config.data, ITEMS))
-        rows = rows.union(items.map_batches(partial(sound_rows, kind=ITEM), batch_format="pyarrow"))
+        rows = rows.union(items.map_batches(partial(picture_rows, kind=ITEM), batch_format="pyarrow"))
     rows = rows.repartition(target_num_rows_per_block=config.index.batch_size).map_batches(
         PhotoWorker,
         fn_constructor_args=(storage.uri, model, encoder, architecture.pooling),
@@ -154,12 +158,19 @@ def _sheet(asked: pa.Table, results: list, relevant: list[set[str]], config: Run
     return draw_sheet([(photos[row], found_items(results[row][:5], relevant[row])) for row in chosen.tolist()])
 
 
-def found_items(items: list[dict[str, Any]], relevant: set[str]) -> list[Found]:
+def found_items(items: list[tuple[float, dict[str, Any]]], relevant: set[str]) -> list[Found]:
     """Return what a contact sheet shows of search results, given what is right."""
     return [
-        Found(item.get("image"), item.get("title") or item["item_id"], item["score"], item["item_id"] in relevant)
-        for item in items
+        Found(item.get("image"), item.get("title") or item["item_id"], score, item["item_id"] in relevant)
+        for score, item in items
     ]
+
+
+def _photo_table(asked: pa.Table) -> bytes:
+    """Return the photos that were asked as Parquet: query_id, image, relevant_item_ids."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(asked.select(["id", "image", "relevant_item_ids"]).rename_columns(TRUTH.required.names), sink)
+    return sink.getvalue().to_pybytes()
 
 
 def _vectors(column: pa.ChunkedArray) -> np.ndarray:

@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 from mixer.embedder import ItemEmbedder, item_text
 from mixer.images import UnreadableImage, decode
 from mixer_platform import versions
-from mixer_platform.errors import StorageError
+from mixer_platform.errors import MissingError
 from mixer_platform.inputs import RAW, REASON
 from mixer_platform.storage import open_storage, read_uri
 
-STATE = "state"
+STATE = "__state"
 WHOLE, TEXT_ONLY, LEFT_OUT = "whole", "text only", "left out"
 
 
@@ -58,7 +58,7 @@ def content_fingerprint(picture: bytes | None, text: str | None, model: str) -> 
 def _picture(uri: str | None) -> bytes | None:
     try:
         return None if uri is None else read_uri(uri)
-    except StorageError:
+    except MissingError:
         return None
 
 

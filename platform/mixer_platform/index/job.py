@@ -40,7 +40,8 @@ from mixer_platform.storage import Storage, open_storage, read_uri
 
 EMBEDDINGS = "embeddings"
 RECALL_K = 10
-_NOT_SHOWN = ["embedding", "fingerprint", STATE, "shard"]
+_SHARD = "__shard"
+_NOT_SHOWN = ["embedding", "fingerprint", STATE, _SHARD]
 _log = logging.getLogger(__name__)
 
 
@@ -105,8 +106,8 @@ def embed_items(storage: Storage, items: InputFiles, model: str, config: RunConf
 
 def _first_of_each(batch: pa.Table) -> pa.Table:
     """Keep one row of each item_id; prepare's quarantine names the repeated ones."""
-    order = pc.sort_indices(batch, [("item_id", "ascending"), (REASON, "ascending")])
-    batch = batch.take(order)
+    keyed = pa.table({"key": batch["item_id"], "reason": pc.fill_null(pc.cast(batch[REASON], pa.string()), "")})
+    batch = batch.take(pc.sort_indices(keyed, [("key", "ascending"), ("reason", "ascending")]))  # sound rows first
     codes = pc.dictionary_encode(batch["item_id"], null_encoding="encode").combine_chunks().indices.to_numpy()
     return batch.filter(pa.array(np.diff(codes, prepend=-1) != 0))
 
@@ -133,7 +134,7 @@ def _build_shards(storage: Storage, version: str, embeddings: dict[str, Any], co
     )
     rows = ray.data.read_parquet(storage.path(f"{EMBEDDINGS}/{embeddings['version']}"), filesystem=storage.filesystem)
     numbered = rows.map_batches(partial(_number_shards, shards=wish.shards), batch_format="pyarrow")
-    built = numbered.groupby("shard", num_partitions=wish.shards).map_groups(work, batch_format="pyarrow")
+    built = numbered.groupby(_SHARD, num_partitions=wish.shards).map_groups(work, batch_format="pyarrow")
     results = sorted(built.take_all(), key=lambda row: row["entry"])
     entries = [ShardEntry.model_validate_json(row["entry"]) for row in results]
     found = merge_top_k([_neighbours(row, "found", len(queries)) for row in results], RECALL_K)[1]
@@ -157,7 +158,7 @@ def _build_shards(storage: Storage, version: str, embeddings: dict[str, Any], co
 def _number_shards(batch: pa.Table, shards: int) -> pa.Table:
     batch = batch.filter(pc.not_equal(batch[STATE], LEFT_OUT))
     numbers = [shard_of(item_id, shards) for item_id in batch["item_id"].to_pylist()]
-    return batch.append_column("shard", pa.array(numbers, pa.int32()))
+    return batch.append_column(_SHARD, pa.array(numbers, pa.int32()))
 
 
 def _build_shard(
@@ -171,7 +172,7 @@ def _build_shard(
 ) -> pa.Table:
     """Build, write and try one shard; the recall queries' neighbours, found and exact, travel back with its entry."""
     faiss.omp_set_num_threads(1)
-    number = group["shard"][0].as_py()
+    number = group[_SHARD][0].as_py()
     vectors = _vectors(group["embedding"])
     with tempfile.TemporaryDirectory() as scratch:
         rows = group.drop_columns(_NOT_SHOWN)

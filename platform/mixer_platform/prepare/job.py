@@ -202,7 +202,7 @@ def _write_quarantine(tables: dict[str, Dataset], storage: Storage, folder: str)
         bad.write_parquet(storage.path(f"{folder}/quarantine"), filesystem=storage.filesystem)
     reasons: collections.Counter[tuple[str, str]] = collections.Counter()
     for batch in _batches(bad):
-        reasons.update(zip(batch["table"].to_pylist(), batch[REASON].to_pylist(), strict=True))
+        reasons.update(zip(batch["table"].to_pylist(), batch["reason"].to_pylist(), strict=True))
     report = {}
     for name, table in tables.items():
         counts = {reason: count for (owner, reason), count in sorted(reasons.items()) if owner == name}

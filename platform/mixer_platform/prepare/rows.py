@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mixer.images import UnreadableImage, decode
-from mixer_platform.errors import StorageError
+from mixer_platform.errors import MissingError
 from mixer_platform.inputs import RAW, REASON
 from mixer_platform.storage import read_uri
 
-QUARANTINE = pa.schema([("table", pa.string()), (REASON, pa.string()), (RAW, pa.string())])
+QUARANTINE = pa.schema([("table", pa.string()), ("reason", pa.string()), ("raw", pa.string())])
 
 
 def mark_repeats(batch: pa.Table, key: str) -> pa.Table:
@@ -90,7 +90,7 @@ def _picture_fault(uri: str | None, min_side: int) -> str | None:
         return None
     try:
         decode(read_uri(uri), min_side)
-    except StorageError:
+    except MissingError:
         return "picture cannot be read"
     except UnreadableImage as error:
         return str(error)

@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 import time
-import urllib.request
 from typing import Any
 
 from ray import serve as ray_serve
@@ -21,6 +20,7 @@ from ray.serve.exceptions import RayServeException
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import MixerError
 from mixer_platform.gallery import read_manifest
+from mixer_platform.loopback import open_url
 from mixer_platform.serve.app import application
 from mixer_platform.storage import open_storage
 
@@ -128,11 +128,10 @@ def _wait_until_running() -> None:
 
 
 def _wait_until_ready(url: str) -> None:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of this machine is not meant
     deadline = time.monotonic() + 60
     while True:
         try:
-            with direct.open(f"{url}/readyz", timeout=10):
+            with open_url(f"{url}/readyz", 10):
                 return
         except OSError as error:
             if time.monotonic() > deadline:

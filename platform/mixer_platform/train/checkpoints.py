@@ -26,6 +26,10 @@ class Checkpoints:
         states = [key for key in self.storage.list(self.folder) if key.endswith(f"/{STATE}")]
         return json.loads(self.storage.read(max(states))) if states else None
 
+    def clear(self, epoch: int) -> None:
+        """Delete what an interrupted run left of an epoch; other numbers of workers write other files."""
+        self.storage.delete(self._epoch(epoch))
+
     def write_classes(self, epoch: int, owned: range, rows: dict[str, Tensor]) -> None:
         """Write one worker's rows, each [owned classes, dim]; nothing for a worker without classes."""
         if len(owned):

@@ -106,7 +106,7 @@ class HybridTrainer:
     def load_head_state(self, state: dict[str, Tensor], step: int) -> None:
         """Go on from the rows of this worker's classes."""
         self.head.weight.data.copy_(state["weight"])
-        moments = {moment: state[moment].clone() for moment in MOMENTS}
+        moments = {moment: state[moment].to(self.head.weight.device, copy=True) for moment in MOMENTS}
         self._head_optimizer.state[self.head.weight] = {"step": torch.tensor(float(step)), **moments}
 
     def _buffers(self) -> list[tuple[str, Tensor]]:

@@ -22,7 +22,7 @@ from mixer.embedder import ImageFeatures, TextFeatures
 from mixer.export import export_encoders
 from mixer.images import augment, decode
 from mixer.sampling import EpochPlan
-from mixer.towers import MixerModel
+from mixer.towers import MixerModel, Towers
 from mixer.training import Batch
 from mixer_platform import versions
 from mixer_platform.config import TrainConfig
@@ -77,7 +77,9 @@ class FeatureWorker:
         items = [row for row in rows if row["kind"] == "item"]
         tokens = self._tokens([row["text"] for row in items])
         columns: dict[str, Any] = {name: batch[name] for name in ("sample_id", "kind", "class_id", "weight")}
-        columns["views"] = pa.array([self._encode(row["kind"], view) for row, view in zip(rows, views, strict=True)])
+        columns["views"] = pa.array(
+            [self._encode(row["kind"], view) for row, view in zip(rows, views, strict=True)], pa.binary()
+        )
         encoded = iter(tokens)
         columns["tokens"] = pa.array([next(encoded) if row["kind"] == "item" else None for row in rows], pa.binary())
         return pa.table(columns)
@@ -159,10 +161,10 @@ class FeatureSamples:
         )
         self.weights[:count] *= 0.05 + agreement
 
-    def pooled(self) -> Tensor:
-        """Return the pooled first view of every sample with a picture, [n, width]."""
-        items = self.pictures[self.has_image][:, 0].float().mean(dim=1)
-        return torch.cat([self.photos[:, 0].float(), items])
+    def pooled(self, towers: Towers) -> Tensor:
+        """Return the first view of every sample with a picture, as `towers` pool it, [n, width]."""
+        items = self.pictures[self.has_image][:, 0].float()
+        return torch.cat([self.photos[:, 0].float(), towers.pool(items)])
 
     def batch(self, rows: np.ndarray, plan: EpochPlan) -> Batch:
         """Return the batch of these samples as the epoch's plan shows them."""

@@ -48,7 +48,7 @@ def train_worker(job: dict[str, Any]) -> None:
         tower = FrozenTower(Towers(architecture, *widths))
         if config.neighbours:
             samples.doubt(config.neighbours)
-        tower.towers.fit_features(samples.pooled())
+        tower.towers.fit_features(samples.pooled(tower.towers))
     else:
         model = MixerModel(architecture)
         samples = PictureSamples(storage, job["samples"], model, config.seed)
@@ -82,6 +82,9 @@ def train_worker(job: dict[str, Any]) -> None:
         metrics["seconds"] = round(time.monotonic() - began, 2)
         history = [*history, metrics]
         towers = trainer.tower_state()
+        if rank == 0:
+            checkpoints.clear(epoch)
+        dist.barrier()
         checkpoints.write_classes(epoch, head.owned, trainer.head_state())
         if rank == 0:
             checkpoints.write_towers(epoch, towers)
@@ -126,6 +129,8 @@ def held_out_recall(
 
 
 def encoder_widths(architecture: ModelConfig) -> tuple[int, int]:
-    """Return the width of a patch and of a token of the encoders that `architecture` names."""
+    """Return the width of a patch and of a token of the encoders that `architecture` names. Raises EncoderError."""
     text = TextEncoder(architecture.text_encoder, architecture.max_tokens)
-    return image_encoder(architecture.image_encoder).width, text.width
+    image = image_encoder(architecture.image_encoder)
+    image.train_from(architecture.train_from_block)
+    return image.width, text.width
