@@ -1,19 +1,26 @@
 """Organise behaviour logs into classes: things that people search for, with photos and items as equal samples.
 
 Pure functions over Arrow tables. A click says little: people click what stands on top, and click wrong things a third
-of the time. So clicks become *affinity* (how attractive an item is to a photo, had it been looked at), items wanted by
-the same photos become a class, and each photo joins the class that holds most of its affinity.
+of the time. So clicks become *evidence* (`mixer.clicks`), items that the same photos want become a class, titles help
+as far as behaviour shows that they tell things apart, and each photo keeps what the logs say for and against each
+class: training weighs it with what the picture looks like.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-import networkx as nx
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
+
+from mixer.clicks import COUNTS, ClickModel, begins, evidence, examination, fit_click_model, pair_statistics
+from mixer.multicut import greedy_multicut
+
+_DECISIVE = 6.0  # nats of behaviour beyond which a pair of items teaches what titles are worth
+_WORD = re.compile(r"\w+")
 
 
 class LabelingConfig(BaseModel):
@@ -22,175 +29,201 @@ class LabelingConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     robot_clicks: int = Field(6, ge=2, description="a session with this many clicks is a robot's")
-    em_rounds: int = Field(30, ge=1, description="rounds of the position model's EM")
-    prior_clicks: float = Field(0.2, gt=0, description="imagined clicks on every pair, so that few views say little")
-    prior_views: float = Field(2.0, gt=0, description="imagined views of every pair")
-    purchase_bonus: float = Field(0.5, ge=0, description="affinity added by a purchase, halved as often as it repeats")
-    candidates: int = Field(12, ge=1, description="items a photo votes for, best affinity first")
-    min_similarity: float = Field(0.2, ge=0, le=1, description="cosine of two items' photos to be joined at all")
-    support: float = Field(2.0, ge=0, description="imagined photos of every item that want nothing else")
-    resolution: float = Field(4.0, gt=0, description="Louvain resolution; higher makes smaller classes")
-    min_confidence: float = Field(0.0, ge=0, le=1, description="photos below it are not learned from")
-    seed: int = 0
-
-
-COUNTS = pa.schema(
-    [
-        ("query_id", pa.string()),
-        ("item_id", pa.string()),
-        ("position", pa.int32()),
-        ("impressions", pa.int64()),
-        ("clicks", pa.int64()),
-        ("purchases", pa.int64()),
-    ]
-)
+    candidates: int = Field(32, ge=1, description="classes that a photo keeps evidence of, the strongest first")
+    trust: float = Field(30.0, gt=0, description="nats that behaviour may say at most of one pair of items")
+    titles: bool = Field(True, description="let items' titles speak too, as far as behaviour shows that they tell")
+    common_words: int = Field(1000, ge=1, description="words in more titles than this tell nothing")
+    largest_class: int = Field(1000, ge=1, description="items in a class at most")
 
 
 @dataclass(frozen=True)
 class Labels:
-    """Classes of items and photos.
+    """Classes of items, and what the logs say of photos.
 
-    items: item_id, class_id. queries: query_id, class_id, confidence (share of the photo's affinity inside its class).
-    examination: probability that a position is looked at, relative to the first, [positions].
+    items: item_id, class_id. queries, those with a click: query_id, class_id (the likeliest), confidence (its
+    probability if every class is as likely before), candidates (list of class_id), evidence (list, nats for each
+    candidate: ln P(events | the photo shows it) - ln P(events | it does not); 0 for every other class). examination: as
+    `mixer.clicks.examination`. model: the click model that was fitted.
     """
 
     items: pa.Table
     queries: pa.Table
     examination: np.ndarray
+    model: ClickModel
 
 
-def organise(counts: pa.Table, item_ids: pa.Array, config: LabelingConfig) -> Labels:
+def organise(counts: pa.Table, items: pa.Table, config: LabelingConfig) -> Labels:
     """Turn counts into classes.
 
     Args:
-        counts: of COUNTS' columns, one row a query, item and position; purchases have carts counted in.
-        item_ids: every item, also those nobody clicked: each is a class of its own unless joined.
-    """
-    pairs, examination = attraction(counts.select(COUNTS.names).cast(COUNTS), config)
-    pairs = best_candidates(affinity(pairs, config), config.candidates)
-    items = cluster_items(item_similarity(pairs, config.min_similarity, config.support), item_ids, config)
-    return Labels(items, assign_queries(pairs, items, config.min_confidence), examination)
-
-
-def attraction(counts: pa.Table, config: LabelingConfig) -> tuple[pa.Table, np.ndarray]:
-    """Fit the position-based click model by EM: P(click) = examined(position) * attractive(query, item).
-
-    Returns pairs (query_id, item_id, attraction, purchases) and the examination curve. The model is that of Craswell
-    et al., "An experimental comparison of click position-bias models", WSDM 2008.
+        counts: of COUNTS' columns, one row a query, item and position.
+        items: item_id and title (or null) of every item, also of those nobody clicked: each is a class of its own
+            unless joined.
     """
     # In one order whatever order the rows came in: sums are then the same to the bit, and ties fall alike.
-    counts = counts.sort_by([(name, "ascending") for name in ("query_id", "item_id", "position")])
-    begins = _begins(counts["query_id"]) | _begins(counts["item_id"])
-    pair = np.cumsum(begins) - 1
-    pairs = counts.select(["query_id", "item_id"]).filter(pa.array(begins))
-    position = counts["position"].to_numpy()
-    clicks = counts["clicks"].to_numpy().astype(float)
-    views = np.maximum(counts["impressions"].to_numpy().astype(float), clicks)  # an impression may be lost, not a click
-
-    positions = int(position.max(initial=-1)) + 1
-    examined = np.linspace(1.0, 0.3, positions)
-    attractive = np.full(len(pairs), config.prior_clicks / config.prior_views)
-    seen = np.maximum(np.bincount(position, views, positions), 1e-9)
-    shown = np.bincount(pair, views, len(pairs)) + config.prior_views
-    for _ in range(config.em_rounds):
-        at, of = examined[position], attractive[pair]
-        unclicked = (views - clicks) / np.maximum(1 - at * of, 1e-9)
-        examined = np.bincount(position, clicks + unclicked * at * (1 - of), positions) / seen
-        examined = np.clip(examined / max(examined.max(initial=0), 1e-9), 1e-6, 1.0)
-        attractive = np.bincount(pair, clicks + unclicked * of * (1 - at), len(pairs)) + config.prior_clicks
-        attractive = np.clip(attractive / shown, 0.0, 1.0)
-    purchases = np.bincount(pair, counts["purchases"].to_numpy(), len(pairs))
-    pairs = pairs.append_column("attraction", pa.array(attractive)).append_column("purchases", pa.array(purchases))
-    return pairs, examined
+    order = [(name, "ascending") for name in ("query_id", "item_id", "position")]
+    counts = counts.select(COUNTS.names).cast(COUNTS).sort_by(order)
+    examined = examination(counts)
+    pairs = pair_statistics(counts, examined)
+    model = fit_click_model(pairs)
+    clicked = pairs["query_id"].filter(pc.greater(pairs["clicks"], 0)).unique()
+    pairs = pairs.select(["query_id", "item_id"]).append_column("evidence", pa.array(evidence(pairs, model)))
+    together = same_thing_evidence(pairs, model.share, config.trust)
+    alike = title_similarity(items, config.common_words) if config.titles else together.slice(0, 0)
+    classes = cluster_items(together, alike.rename_columns([*PAIR, "similarity"]), items["item_id"], config)
+    asked = pairs.filter(pc.is_in(pairs["query_id"], clicked))
+    return Labels(classes, photo_evidence(asked, classes, config.candidates), examined, model)
 
 
-def affinity(pairs: pa.Table, config: LabelingConfig) -> pa.Table:
-    """Return query_id, item_id, affinity: attraction above what an unseen pair has, with a bonus for purchases."""
-    bonus = config.purchase_bonus * (2 - np.exp2(1 - pairs["purchases"].to_numpy()))
-    above = pairs["attraction"].to_numpy() - config.prior_clicks / config.prior_views
-    values = np.maximum(above, 0) + np.where(pairs["purchases"].to_numpy() > 0, bonus, 0)
-    table = pairs.select(["query_id", "item_id"]).append_column("affinity", pa.array(values))
-    return table.filter(pc.greater(table["affinity"], 0))
+PAIR = ("left", "right")
 
 
-def best_candidates(pairs: pa.Table, count: int) -> pa.Table:
-    """Keep each query's `count` items of greatest affinity."""
-    ordered = pairs.sort_by([("query_id", "ascending"), ("affinity", "descending"), ("item_id", "ascending")])
-    first = np.flatnonzero(_begins(ordered["query_id"]))
-    rank = np.arange(len(ordered)) - np.repeat(first, np.diff(first, append=len(ordered)))
-    return ordered.filter(pa.array(rank < count))
+def same_thing_evidence(pairs: pa.Table, share: float, trust: float) -> pa.Table:
+    """Return left, right (left < right), evidence: ln P(events | one thing) - ln P(events | two things), in nats.
 
+    A photo wants both of two items that are one thing, or neither; of two things it wants one at most. Only photos to
+    which both were shown speak, so that items are not apart because the engine showed them apart.
 
-def item_similarity(pairs: pa.Table, minimum: float, support: float = 0.0) -> pa.Table:
-    """Return left, right, similarity: the cosine of two items' affinities over queries, where it is at least `minimum`.
-
-    A query's affinities count with unit length, so that a photo seen a thousand times has one vote. `support` is added
-    to both items' own votes: two items that few photos want are not alike because one photo's clicks hit both.
+    Args:
+        pairs: query_id, item_id, evidence.
+        share: how likely an item that is shown is wanted.
+        trust: evidence is cut to -trust ... trust, for the model's errors grow with the number of events.
     """
-    squares = pairs.set_column(2, "square", pc.power(pairs["affinity"], 2))
-    lengths = squares.group_by("query_id").aggregate([("square", "sum")])
-    voted = pairs.join(lengths, "query_id")
-    vote = pc.divide(voted["affinity"], pc.sqrt(voted["square_sum"]))
-    votes = voted.select(["query_id", "item_id"]).append_column("vote", vote)
-    both = votes.rename_columns(["query_id", "left", "left_vote"]).join(
-        votes.rename_columns(["query_id", "right", "right_vote"]), "query_id", join_type="inner"
+    share = min(share, 0.4)
+    wanted = pairs.filter(pc.greater(pairs["evidence"], 0))  # where neither is wanted, nothing is said
+    both = wanted.join(pairs, "query_id", join_type="inner", right_suffix="_right")
+    one, other = both["item_id"], both["item_id_right"]
+    # A pair of which both are wanted comes twice: keep one.
+    once = pc.or_(pc.less(one, other), pc.and_(pc.not_equal(one, other), pc.less_equal(both["evidence_right"], 0)))
+    both = both.filter(once)
+    a, b = both["evidence"].to_numpy(), both["evidence_right"].to_numpy()
+    together = np.logaddexp(np.log(share) + a + b, np.log1p(-share))
+    apart = np.logaddexp(np.logaddexp(np.log(share) + a, np.log(share) + b), np.log1p(-2 * share))
+    one, other = both["item_id"], both["item_id_right"]
+    table = pa.table(
+        {
+            "left": pc.min_element_wise(one, other),
+            "right": pc.max_element_wise(one, other),
+            "evidence": pa.array(together - apart),
+        }
     )
-    both = both.filter(pc.less_equal(both["left"], both["right"]))
-    both = both.append_column("product", pc.multiply(both["left_vote"], both["right_vote"]))
-    dots = both.group_by(["left", "right"]).aggregate([("product", "sum")])
-    own = dots.filter(pc.equal(dots["left"], dots["right"])).select(["left", "product_sum"])
-    dots = dots.filter(pc.not_equal(dots["left"], dots["right"]))
-    dots = dots.join(own.rename_columns(["left", "left_own"]), "left")
-    dots = dots.join(own.rename_columns(["right", "right_own"]), "right")
-    cosine = pc.divide(dots["product_sum"], pc.sqrt(_product(dots["left_own"], dots["right_own"], support)))
-    cosine = pc.round(cosine, 9)  # threads sum in any order: the last bits must not break ties
-    table = dots.select(["left", "right"]).append_column("similarity", cosine)
-    return table.filter(pc.greater_equal(cosine, minimum))
+    return _summed(table, "evidence", -trust, trust)
 
 
-def _product(left: pa.ChunkedArray, right: pa.ChunkedArray, support: float) -> pa.ChunkedArray:
-    return pc.multiply(pc.add(left, support), pc.add(right, support))
+def title_similarity(items: pa.Table, common: int) -> pa.Table:
+    """Return left, right (left < right), similarity: the cosine of two titles' words, rare ones counting more (TF-IDF).
 
-
-def cluster_items(similarity: pa.Table, item_ids: pa.Array, config: LabelingConfig) -> pa.Table:
-    """Return item_id, class_id: Louvain communities, numbered by their smallest item (Blondel et al. 2008).
-
-    Communities, not connected components: one wrong click must not chain two things together.
+    Only pairs that share a word; words of more than `common` titles do not count.
     """
-    graph = nx.Graph()
-    graph.add_nodes_from(sorted(item_ids.to_pylist()))
-    edges = similarity.sort_by([("left", "ascending"), ("right", "ascending")])
-    known = graph.nodes
-    graph.add_weighted_edges_from(
-        (left, right, weight)
-        for left, right, weight in zip(*(edges[name].to_pylist() for name in edges.column_names), strict=True)
-        if left in known and right in known
-    )
-    communities = nx.community.louvain_communities(graph, resolution=config.resolution, seed=config.seed)
-    ordered = sorted(sorted(community) for community in communities)
+    words: list[tuple[str, str]] = []
+    for item, title in zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True):
+        words += [(item, word) for word in sorted(set(_WORD.findall((title or "").lower())))]
+    table = pa.table({name: [row[column] for row in words] for column, name in enumerate(("item_id", "word"))})
+    table = table.cast(pa.schema([("item_id", pa.string()), ("word", pa.string())]))
+    frequency = table.group_by("word").aggregate([("item_id", "count")])
+    frequency = frequency.filter(pc.less_equal(frequency["item_id_count"], common))
+    rarity = pc.add(pc.ln(pc.divide(float(max(len(items), 1)), frequency["item_id_count"])), 1e-3)
+    table = table.join(frequency.select(["word"]).append_column("rarity", rarity), "word", join_type="inner")
+    squares = table.append_column("square", pc.power(table["rarity"], 2))
+    lengths = squares.group_by("item_id").aggregate([("square", "sum")])
+    table = table.join(lengths, "item_id")
+    table = table.append_column("weight", pc.divide(table["rarity"], pc.sqrt(table["square_sum"])))
+    table = table.select(["word", "item_id", "weight"])
+    both = table.join(table, "word", join_type="inner", right_suffix="_right")
+    both = both.filter(pc.less(both["item_id"], both["item_id_right"]))
+    product = pc.multiply(both["weight"], both["weight_right"])
+    similar = both.select(["item_id", "item_id_right"]).rename_columns(PAIR).append_column("similarity", product)
+    return _summed(similar, "similarity", 0.0, 1.0)
+
+
+def cluster_items(
+    behaviour: pa.Table, similarity: pa.Table, item_ids: pa.ChunkedArray, config: LabelingConfig
+) -> pa.Table:
+    """Return item_id, class_id, numbered by their smallest item.
+
+    Args:
+        behaviour: left, right, evidence, as `same_thing_evidence` returns it.
+        similarity: left, right, similarity, as `title_similarity` returns it; may be empty.
+        item_ids: every item; pairs of others are left out.
+    """
+    known = item_ids.unique()
+    edges = behaviour.join(similarity, PAIR, join_type="full outer")
+    edges = edges.filter(pc.and_(pc.is_in(edges["left"], known), pc.is_in(edges["right"], known)))
+    edges = edges.sort_by([(name, "ascending") for name in PAIR])
+    said = pc.fill_null(edges["evidence"], 0.0).to_numpy()
+    alike = pc.fill_null(edges["similarity"], 0.0).to_numpy()
+    before, worth = titles_worth(said, alike)
+    odds = np.round(said + worth * alike, 9)  # threads sum in any order: the last bits must not break ties
+    rows = zip(edges["left"].to_pylist(), edges["right"].to_pylist(), odds.tolist(), strict=True)
+    clusters = greedy_multicut(known.to_pylist(), rows, before, config.largest_class)
     return pa.table(
         {
-            "item_id": pa.array([item for community in ordered for item in community], pa.string()),
-            "class_id": pa.array([label for label, community in enumerate(ordered) for _ in community], pa.int64()),
+            "item_id": pa.array([item for cluster in clusters for item in cluster], pa.string()),
+            "class_id": pa.array([label for label, cluster in enumerate(clusters) for _ in cluster], pa.int64()),
         }
     )
 
 
-def assign_queries(pairs: pa.Table, items: pa.Table, min_confidence: float) -> pa.Table:
-    """Return query_id, class_id, confidence: the class with most of a query's affinity, if that is enough of it."""
-    schema = pa.schema([("query_id", pa.string()), ("class_id", pa.int64()), ("confidence", pa.float32())])
+def titles_worth(behaviour: np.ndarray, similarity: np.ndarray) -> tuple[float, float]:
+    """Return the log-odds that two items are one thing before anything is known, and what a similarity of 1 adds.
+
+    Learned, by logistic regression, from the pairs of which behaviour is sure: titles that do not tell things apart
+    are worth nothing.
+    """
+    sure = np.abs(behaviour) > _DECISIVE
+    same, alike = (behaviour[sure] > 0).astype(float), similarity[sure]
+    # Two imagined pairs of each kind keep the fit finite.
+    same = np.concatenate([same, [0.0, 0.0, 1.0, 0.0]])
+    alike = np.concatenate([alike, [0.0, 0.0, 0.5, 0.5]])
+    features = np.stack([np.ones(len(alike)), alike], axis=1)
+    fitted = np.array([-3.0, 0.0])
+    for _ in range(30):  # Newton
+        chance = 1 / (1 + np.exp(-np.clip(features @ fitted, -30, 30)))
+        slope = features.T @ (same - chance)
+        curvature = (features * (chance * (1 - chance))[:, None]).T @ features + 1e-3 * np.eye(2)
+        fitted = fitted + np.clip(np.linalg.solve(curvature, slope), -2, 2)
+    before, worth = fitted
+    if worth <= 0:
+        before, worth = np.log((same.sum() + 1e-3) / (len(same) - same.sum() + 1e-3)), 0.0
+    return float(min(before, 0.0)), float(worth)
+
+
+def photo_evidence(pairs: pa.Table, items: pa.Table, candidates: int) -> pa.Table:
+    """Return `Labels.queries` of all photos that occur in pairs (query_id, item_id, evidence)."""
     by_class = pairs.join(items, "item_id", join_type="inner").group_by(["query_id", "class_id"])
-    summed = by_class.aggregate([("affinity", "sum")])
-    totals = summed.group_by("query_id").aggregate([("affinity_sum", "sum")])
-    summed = summed.join(totals, "query_id")
-    share = pc.divide(summed["affinity_sum"], summed["affinity_sum_sum"])
-    ranked = summed.select(["query_id", "class_id"]).append_column("confidence", pc.cast(share, pa.float32()))
-    ranked = ranked.sort_by([("query_id", "ascending"), ("confidence", "descending"), ("class_id", "ascending")])
-    best = ranked.filter(pa.array(_begins(ranked["query_id"])))
-    return best.filter(pc.greater_equal(best["confidence"], min_confidence)).cast(schema)
+    summed = by_class.aggregate([("evidence", "sum")]).select(["query_id", "class_id", "evidence_sum"])
+    values = pc.round(summed["evidence_sum"], 9)  # threads sum in any order: the last bits must not break ties
+    table = pa.table([summed["query_id"], summed["class_id"], values], names=["query_id", "class_id", "evidence"])
+    table = table.append_column("strength", pc.abs(values))
+    best = pc.max(items["class_id"]).as_py() if len(items) else None
+    classes = 0 if best is None else best + 1
+
+    table = table.sort_by([("query_id", "ascending"), ("evidence", "descending"), ("class_id", "ascending")])
+    first = begins(table["query_id"])
+    label, highest = (table.filter(pa.array(first))[name].to_numpy() for name in ("class_id", "evidence"))
+    starts, photo = np.flatnonzero(first), np.cumsum(first) - 1
+    shown = np.diff(starts, append=len(table))
+    relative = np.exp(table["evidence"].to_numpy() - highest[photo])
+    # Classes of which nothing was shown have evidence 0.
+    total = np.bincount(photo, relative, len(starts)) + (classes - shown) * np.exp(-np.maximum(highest, -700))
+    confidence = 1 / np.maximum(total, 1.0)
+
+    table = table.sort_by([("query_id", "ascending"), ("strength", "descending"), ("class_id", "ascending")])
+    rank = np.arange(len(table)) - np.repeat(starts, shown)
+    kept = table.filter(pa.array(rank < candidates))
+    offsets = pa.array(np.concatenate([[0], np.cumsum(np.minimum(shown, candidates))]), pa.int32())
+    return pa.table(
+        {
+            "query_id": table["query_id"].take(pa.array(starts)),
+            "class_id": pa.array(label, pa.int64()),
+            "confidence": pa.array(confidence, pa.float32()),
+            "candidates": pa.ListArray.from_arrays(offsets, kept["class_id"].combine_chunks()),
+            "evidence": pa.ListArray.from_arrays(offsets, pc.cast(kept["evidence"], pa.float32()).combine_chunks()),
+        }
+    )
 
 
-def _begins(column: pa.ChunkedArray) -> np.ndarray:
-    """Return bool [rows]: where a value differs from the one before."""
-    codes = pc.dictionary_encode(column).combine_chunks().indices.to_numpy()
-    return np.diff(codes, prepend=-1) != 0
+def _summed(table: pa.Table, value: str, least: float, most: float) -> pa.Table:
+    sums = table.group_by(list(PAIR)).aggregate([(value, "sum")])
+    clipped = pc.min_element_wise(pc.max_element_wise(sums[f"{value}_sum"], least), most)
+    return sums.select(list(PAIR)).append_column(value, clipped)

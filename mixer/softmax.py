@@ -1,8 +1,8 @@
 """A margin softmax whose class weights are cut over the workers (hybrid parallelism; ArcFace's Partial FC lineage).
 
 Every worker holds a contiguous range of the classes. The embeddings of all workers are gathered, each worker computes
-the logits of its own classes, and three scalars a sample (maximum, sum of exponentials, logit of the right class) are
-reduced. Gradients are exact.
+the logits of its own classes, and three scalars a sample (logarithms of sums of exponentials: over all classes, and
+over what the evidence leaves of them, with and without the margin) are reduced. Gradients are exact.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mixer.targets import Targets
 
 
 def class_range(classes: int, world: int, rank: int) -> range:
@@ -33,6 +35,10 @@ def fixed_scale(classes: int) -> float:
 
 class ShardedMarginSoftmax(nn.Module):
     """Cross-entropy over all classes of scale * (cosine - margin where right), as in CosFace (arXiv 1801.09414).
+
+    Which class is right need not be certain: the loss is -ln sum over classes of P(class | embedding) * P(what was
+    observed | class), so that a sample's belief is what its evidence and its embedding say together, and the margin is
+    shared as the belief is. With certain targets it is CosFace's loss; without any evidence it is 0.
 
     Without an initialised process group it is the plain one-process loss. A worker may bring no samples, and may own
     no classes.
@@ -55,29 +61,54 @@ class ShardedMarginSoftmax(nn.Module):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + identity)
             self.weight[row] = torch.randn(self.weight.shape[1], generator=generator) * 0.01
 
-    def forward(self, embeddings: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, targets: Targets) -> Tensor:
         """Return the weighted mean loss over the samples of all workers, the same scalar on each.
 
         Args:
             embeddings: [n, dim], this worker's; n may differ between workers and may be 0.
-            labels: int64 [n], global class ids.
-            weights: [n], how much each sample counts.
+            targets: of the n samples, k the same on every worker.
         """
-        everyone, all_labels, all_weights = self._gathered(embeddings, labels, weights)
+        everyone, known = self._gathered(embeddings, targets)
         cosines = everyone @ F.normalize(self.weight, dim=1).T
-        loss = _ShardedCrossEntropy.apply(cosines, all_labels, all_weights, self)
+        loss = _ShardedCrossEntropy.apply(cosines, known.over(self.owned), known.weights, self)
         assert isinstance(loss, Tensor)
         return loss
 
-    def _gathered(self, embeddings: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    @torch.no_grad()
+    def likeliest(self, embeddings: Tensor, targets: Targets, count: int) -> tuple[Tensor, Tensor]:
+        """Return the `count` likeliest classes of the samples of all workers and ln P(class | embedding, evidence).
+
+        Both are [samples, count], best first, the same on every worker; fewer where there are fewer classes.
+        """
+        everyone, known = self._gathered(embeddings, targets)
+        logits = self.scale * everyone @ F.normalize(self.weight, dim=1).T + known.over(self.owned)
+        belief, classes = (logits - self.log_sum_exp(logits)[0][:, None]).topk(min(count, len(self.owned)), dim=1)
+        classes = classes + self.owned.start
+        if self.world > 1:
+            counts = [min(count, len(class_range(self.classes, self.world, rank))) for rank in range(self.world)]
+            belief, classes = (gather_rows(part.T.contiguous(), counts, self.group).T for part in (belief, classes))
+        best, places = belief.topk(min(count, belief.shape[1]), dim=1)
+        return classes.gather(1, places), best
+
+    def log_sum_exp(self, *logits: Tensor) -> Tensor:
+        """Return, for each [n, owned classes], the logarithm of the sum of exponentials over all classes, [.., n]."""
+        local = torch.stack([part.logsumexp(dim=1) for part in logits])
         if self.world == 1:
-            return embeddings, labels, weights
-        counts = [torch.zeros(1, dtype=torch.int64, device=labels.device) for _ in range(self.world)]
-        dist.all_gather(counts, torch.tensor([len(labels)], device=labels.device), self.group)
+            return local
+        parts = [torch.empty_like(local) for _ in range(self.world)]
+        dist.all_gather(parts, local, self.group)
+        return torch.stack(parts).logsumexp(dim=0)
+
+    def _gathered(self, embeddings: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
+        if self.world == 1:
+            return embeddings, targets
+        counts = [torch.zeros(1, dtype=torch.int64, device=embeddings.device) for _ in range(self.world)]
+        dist.all_gather(counts, torch.tensor([len(embeddings)], device=embeddings.device), self.group)
         sizes = [int(count) for count in counts]
         everyone = _GatherRows.apply(embeddings, sizes, self.rank, self.group)
         assert isinstance(everyone, Tensor)
-        return everyone, gather_rows(labels, sizes, self.group), gather_rows(weights, sizes, self.group)
+        parts = (targets.classes, targets.evidence, targets.others, targets.weights)
+        return everyone, Targets(*(gather_rows(part, sizes, self.group) for part in parts))
 
 
 def gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
@@ -108,32 +139,20 @@ class _GatherRows(torch.autograd.Function):
 
 
 class _ShardedCrossEntropy(torch.autograd.Function):
-    """Softmax cross-entropy over cosines [n, owned classes] of every rank at once."""
+    """The loss of cosines and evidence, each [n, owned classes], of every rank at once."""
 
     @staticmethod
-    def forward(ctx: Any, cosines: Tensor, labels: Tensor, weights: Tensor, head: ShardedMarginSoftmax) -> Tensor:
-        own = (labels >= head.owned.start) & (labels < head.owned.stop)
-        rows = own.nonzero().squeeze(1)
-        columns = labels[rows] - head.owned.start
+    def forward(ctx: Any, cosines: Tensor, evidence: Tensor, weights: Tensor, head: ShardedMarginSoftmax) -> Tensor:
         logits = cosines * head.scale
-        logits[rows, columns] -= head.scale * head.margin
-
-        highest = logits.amax(dim=1) if logits.shape[1] else logits.new_full((len(logits),), -torch.inf)
-        if head.world > 1:
-            dist.all_reduce(highest, dist.ReduceOp.MAX, head.group)
-        exponentials = (logits - highest[:, None]).exp_()
-        right = torch.zeros_like(highest)
-        right[rows] = logits[rows, columns]
-        sums = torch.stack([exponentials.sum(dim=1), right])
-        if head.world > 1:
-            dist.all_reduce(sums, group=head.group)
-        total, right = sums
+        if head.margin:
+            belief = (logits + evidence).sub_(head.log_sum_exp(logits + evidence)[0][:, None]).exp_()
+            logits -= head.scale * head.margin * belief
+        observed = logits + evidence
+        over_all, over_observed = head.log_sum_exp(logits, observed)
         share = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
-        loss = ((highest + total.log() - right) * share).sum()
-
-        probabilities = exponentials.div_(total[:, None])
-        probabilities[rows, columns] -= 1
-        ctx.save_for_backward(probabilities.mul_((share * head.scale)[:, None]))
+        loss = ((over_all - over_observed) * share).sum()
+        slope = (logits - over_all[:, None]).exp_() - (observed - over_observed[:, None]).exp_()
+        ctx.save_for_backward(slope.mul_((share * head.scale)[:, None]))
         return loss
 
     @staticmethod

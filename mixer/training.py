@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor, nn
 
+from mixer.targets import Targets
 from mixer.towers import MixerModel, Towers
 
 
@@ -24,12 +25,11 @@ class Batch:
     has_image: Tensor
     tokens: Tensor
     token_mask: Tensor
-    labels: Tensor
-    weights: Tensor
+    targets: Targets
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on `device`."""
-        return Batch(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+        return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 class FrozenTower(nn.Module):

@@ -36,11 +36,16 @@ class TrainConfig(Section):
     workers: int = Field(2, ge=1)
     cpus_per_worker: float = Field(0.5, gt=0, description="leave whole CPUs to Ray Data, or feeding waits for ever")
     gpus_per_worker: float = Field(0, ge=0)
-    epochs: int = Field(15, ge=1)
+    epochs: int = Field(15, ge=1, description="of each round")
     batch_size: int = Field(256, ge=1, description="samples a step, over all workers")
-    neighbours: int = Field(
-        10, ge=0, description="visual neighbours asked whether a label is right; 0: none; needs a frozen encoder"
+    rounds: int = Field(
+        1, ge=1, description="trainings from the start; each but the first learns from what the one before believes"
     )
+    neighbours: int = Field(
+        10, ge=0, description="visual neighbours whose evidence a photo shares; 0: none; needs a frozen encoder"
+    )
+    candidates: int = Field(32, ge=1, description="classes that a round keeps for each photo, the likeliest first")
+    least_belief: float = Field(-6.0, lt=0, description="ln of the least probability a round believes of any class")
     views: int = Field(1, ge=1, description="augmented views of a picture, cached when the encoder is frozen")
     tower_lr: float = Field(1e-3, gt=0)
     classifier_lr: float = Field(1e-2, gt=0)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixer.softmax import ShardedMarginSoftmax, class_range, fixed_scale
+from mixer.targets import PADDING, Targets
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 DIM = 8
@@ -29,6 +30,7 @@ class Case(NamedTuple):
     margin: float = 0.2
     scale: float = 16.0
     weights: tuple[float, ...] = (1.0,)  # repeated over the samples
+    uncertain: float = 0.0  # share of samples that have evidence for some classes and not one class
     seed: int = 0
 
 
@@ -45,13 +47,17 @@ CASES = {
     "sample weights": Case(7, (5, 2, 4), weights=(0.1, 2.0, 0.0, 0.7)),
     "only one sample counts": Case(7, (1, 5, 3), weights=(1.0, *(0.0,) * 8)),
     "no sample counts": Case(7, (1, 5, 3), weights=(0.0,)),
+    "evidence": Case(7, (5, 2, 4), uncertain=1.0),
+    "evidence without a margin": Case(7, (5, 2, 4), margin=0.0, uncertain=1.0),
+    "certain and uncertain samples": Case(7, (5, 2, 4), weights=(0.1, 2.0, 0.7), uncertain=0.5),
+    "evidence for more classes than a worker has": Case(4, (5, 2, 4), uncertain=0.7),
     "no margin": Case(6, (3, 1, 2), margin=0.0),
     "a large scale and margin": Case(6, (3, 1, 2), margin=0.5, scale=64.0),
 }
 
 
-def whole_batch(case: Case, world: int) -> tuple[list[int], Tensor, Tensor, Tensor, Tensor]:
-    """Return each rank's count, and everybody's embeddings, labels, weights and class weights."""
+def whole_batch(case: Case, world: int) -> tuple[list[int], Tensor, Targets, Tensor]:
+    """Return each rank's count, and everybody's embeddings, targets and class weights."""
     generator = torch.Generator().manual_seed(case.seed)
     counts = list(case.counts[:world])
     total = sum(counts)
@@ -59,30 +65,49 @@ def whole_batch(case: Case, world: int) -> tuple[list[int], Tensor, Tensor, Tens
     occurring = torch.tensor(case.labels or tuple(range(case.classes)))
     labels = occurring[torch.randint(len(occurring), (total,), generator=generator)]
     weights = torch.tensor(case.weights).repeat(total)[:total]
-    return counts, embeddings, labels, weights, torch.randn(case.classes, DIM, generator=generator)
+    class_weights = torch.randn(case.classes, DIM, generator=generator)
+    targets = Targets.certain(labels, weights, width=3)
+    for row in range(total):
+        if torch.rand(1, generator=generator) < case.uncertain:
+            named = torch.randperm(case.classes, generator=generator)[: 1 + row % 3]
+            targets.classes[row] = PADDING
+            targets.classes[row, : len(named)] = named
+            targets.evidence[row] = 3 * torch.randn(3, generator=generator)
+            targets.others[row] = 0.5
+    return counts, embeddings, targets, class_weights
 
 
-def slow_loss(case: Case, embeddings: Tensor, labels: Tensor, weights: Tensor, class_weights: Tensor) -> Tensor:
-    """CosFace written out, in one process."""
+def slow_loss(case: Case, embeddings: Tensor, targets: Targets, class_weights: Tensor) -> Tensor:
+    """The loss written out sample by sample, in one process."""
     cosines = embeddings @ (class_weights / class_weights.norm(dim=1, keepdim=True)).T
-    margins = case.margin * F.one_hot(labels, case.classes)
-    losses = F.cross_entropy(case.scale * (cosines - margins), labels, reduction="none")
-    return (losses * weights).sum() / weights.sum() if weights.sum() > 0 else (losses * 0).sum()
+    losses = []
+    for row, cosine in enumerate(cosines):
+        evidence = targets.others[row].repeat(case.classes)
+        for label, value in zip(targets.classes[row].tolist(), targets.evidence[row].tolist(), strict=True):
+            if label != PADDING:
+                evidence[label] = value
+        belief = (case.scale * cosine.detach() + evidence).softmax(dim=0)
+        log_probabilities = (case.scale * (cosine - case.margin * belief)).log_softmax(dim=0)
+        losses.append(-(log_probabilities + evidence).logsumexp(dim=0) * targets.weights[row])
+    total = sum(losses, start=cosines.sum() * 0)
+    return total / targets.weights.sum() if targets.weights.sum() > 0 else total * 0
 
 
 def run_case(case: Case, world: int, rank: int, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
     """Run one rank's part; its embeddings and its classes only."""
-    counts, embeddings, labels, weights, class_weights = whole_batch(case, world)
+    counts, embeddings, targets, class_weights = whole_batch(case, world)
     mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
     head = ShardedMarginSoftmax(DIM, case.classes, case.margin, case.scale, group)
     with torch.no_grad():
         head.weight.copy_(class_weights[head.owned.start : head.owned.stop])
     leaf = embeddings[mine].clone().requires_grad_()
-    loss = head(leaf, labels[mine], weights[mine])
+    loss = head(leaf, targets[torch.arange(mine.start, mine.stop)])
     (3 * loss).backward()
     assert leaf.grad is not None
     assert head.weight.grad is not None
-    return {"loss": loss.detach(), "embeddings": leaf.grad / 3, "classes": head.weight.grad / 3}
+    classes, belief = head.likeliest(leaf.detach(), targets[torch.arange(mine.start, mine.stop)], 3)
+    found = {"likeliest": classes, "belief": belief}
+    return {"loss": loss.detach(), "embeddings": leaf.grad / 3, "classes": head.weight.grad / 3, **found}
 
 
 def drawn_weights() -> dict[str, Tensor]:
@@ -124,15 +149,22 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, 
 
 def check(case: Case, results: list[dict[str, Tensor]]) -> None:
     """Compare the ranks' results, joined, with `slow_loss` over the whole batch."""
-    _, embeddings, labels, weights, class_weights = whole_batch(case, len(results))
+    _, embeddings, targets, class_weights = whole_batch(case, len(results))
     embeddings.requires_grad_()
     class_weights.requires_grad_()
-    loss = slow_loss(case, embeddings, labels, weights, class_weights)
+    loss = slow_loss(case, embeddings, targets, class_weights)
     loss.backward()
     for result in results:
         torch.testing.assert_close(result["loss"], loss.detach(), **TOLERANCE)
     for name, expected in (("embeddings", embeddings.grad), ("classes", class_weights.grad)):
         torch.testing.assert_close(torch.cat([result[name] for result in results]), expected, **TOLERANCE)
+    cosines = embeddings.detach() @ F.normalize(class_weights.detach(), dim=1).T
+    belief = (case.scale * cosines + targets.over(range(case.classes))).log_softmax(dim=1)
+    best = belief.topk(min(3, case.classes), dim=1)
+    for result in results:
+        torch.testing.assert_close(result["belief"], best.values, **TOLERANCE)
+        sure = best.values > -torch.inf  # of equal ones any may come first
+        assert torch.equal(result["likeliest"][sure], best.indices[sure])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -180,6 +212,26 @@ def test_class_ranges_are_a_partition_in_order(classes: int, world: int) -> None
     sizes = [len(part) for part in ranges]
     assert max(sizes) - min(sizes) <= 1
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_certain_targets_give_the_loss_of_cosface() -> None:
+    case = CASES["sample weights"]
+    _, embeddings, targets, class_weights = whole_batch(case, 3)
+    labels, weights = targets.classes[:, 0], targets.weights
+    cosines = embeddings @ F.normalize(class_weights, dim=1).T
+    logits = case.scale * (cosines - case.margin * F.one_hot(labels, case.classes))
+    expected = (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
+    torch.testing.assert_close(slow_loss(case, embeddings, targets, class_weights), expected)
+
+
+def test_without_evidence_there_is_nothing_to_learn() -> None:
+    head = ShardedMarginSoftmax(DIM, 7, 0.0, 16.0)
+    head.reset(0)
+    known = Targets(torch.full((4, 1), PADDING), torch.zeros(4, 1), torch.zeros(4), torch.ones(4))
+    loss = head(F.normalize(torch.randn(4, DIM), dim=1), known)
+    loss.backward()
+    torch.testing.assert_close(loss, torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(head.weight.grad, torch.zeros(7, DIM), atol=1e-5, rtol=0)
 
 
 def test_the_fixed_scale_grows_with_the_classes() -> None:

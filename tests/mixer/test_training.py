@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixer.config import ModelConfig
+from mixer.targets import Targets
 from mixer.towers import MixerModel, Towers
 from mixer.training import Batch, FrozenTower, WholeModel
 
@@ -32,8 +33,7 @@ def make_batch(photos: int, items: int, pixels: bool, seed: int = 0) -> Batch:
         if pixels
         else torch.randn(items, TOKENS, TEXT_WIDTH, generator=generator).half(),
         token_mask=mask,
-        labels=torch.zeros(photos + items, dtype=torch.int64),
-        weights=torch.ones(photos + items),
+        targets=Targets.certain(torch.zeros(photos + items, dtype=torch.int64)),
     )
 
 
@@ -79,8 +79,7 @@ def test_they_equal_the_models_own_embeddings(tiny_model: MixerModel) -> None:
         has_image=batch.has_image,
         tokens=tiny_model.text_encoder(batch.tokens, batch.token_mask),
         token_mask=batch.token_mask,
-        labels=batch.labels,
-        weights=batch.weights,
+        targets=batch.targets,
     )
     torch.testing.assert_close(FrozenTower(tiny_model.towers)(cached), expected, rtol=1e-4, atol=1e-5)
 
@@ -116,4 +115,6 @@ def test_half_precision_towers_take_half_precision_features(tiny_config: ModelCo
 
 def test_a_batch_moves_as_a_whole() -> None:
     moved = make_batch(2, 2, pixels=False).to(torch.device("meta"))
-    assert {getattr(moved, field.name).device.type for field in fields(Batch)} == {"meta"}
+    parts = [getattr(moved, field.name) for field in fields(Batch) if field.name != "targets"]
+    parts += [getattr(moved.targets, field.name) for field in fields(Targets)]
+    assert {part.device.type for part in parts} == {"meta"}

@@ -48,9 +48,10 @@ def sound_tables(folder: Path) -> dict[str, Rows]:
         (folder / f"pictures/q{n}.png").write_bytes(png(colour=7 * n))
         queries.append({"query_id": f"q{n}", "image": f"pictures/q{n}.png"})
         for shopper in range(2):
-            for position in range(3):
-                logs.append(event(f"q{n}", f"i{(n + position) % 10}", "impression", position, f"shopper {n} {shopper}"))
-            logs.append(event(f"q{n}", f"i{n % 10}", "click", 0, f"shopper {n} {shopper}"))
+            page = [f"i{(n + shopper) % 10}", f"i{(n + 1 - shopper) % 10}", f"i{(n + 2) % 10}"]
+            for position, item in enumerate(page):
+                logs.append(event(f"q{n}", item, "impression", position, f"shopper {n} {shopper}"))
+            logs.append(event(f"q{n}", f"i{n % 10}", "click", shopper, f"shopper {n} {shopper}"))
     return {"items": items, "queries": queries, "logs": logs}
 
 
@@ -225,10 +226,12 @@ def test_samples_and_classes_keep_the_contract(run: dict[str, Any]) -> None:
         assert photo["class_id"] == rows[f"i{n % 10}"]["class_id"], photo
         assert (photo["kind"], photo["text"]) == ("query", None)
         assert photo["image"] == str(run["folder"] / f"data/pictures/q{n}.png")
-        assert 0 < photo["weight"] <= 1
+        assert photo["weight"] == 1
+        assert photo["evidence"][photo["candidates"].index(photo["class_id"])] > 1
+        assert len(set(photo["candidates"])) == len(photo["evidence"]) == 3
     assert rows["text only"] | {"class_id": 0} == {
         "sample_id": "text only", "kind": "item", "image": None, "text": "a word. and more", "class_id": 0,
-        "weight": 1.0,
+        "weight": 1.0, "candidates": None, "evidence": None,
     }  # fmt: skip
 
     classes = pq.read_table(folder / "classes.parquet")

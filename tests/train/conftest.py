@@ -53,7 +53,10 @@ def workspace(tmp_path: Path) -> Path:
             Image.fromarray(pixels).save(path)
             text = None if kind == "query" else f"{['red', 'green', 'blue'][label]} round thing"
             row = {"sample_id": path.stem, "kind": kind, "image": str(path), "text": text, "class_id": label}
-            rows.append(row | {"weight": 0.5 + 0.1 * n if kind == "query" else 1.0})
+            row["weight"] = 0.5 + 0.1 * n if kind == "query" else 1.0
+            if kind == "query":
+                row |= {"candidates": [label, (label + 1) % 3][: 1 + n % 2], "evidence": [2.0, -1.0][: 1 + n % 2]}
+            rows.append(row)
     rows[4]["image"] = None
     rows[11]["text"] = None
     (folder / "samples/v1/train").mkdir(parents=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mixer.softmax import class_range
+from mixer.targets import Targets
 from mixer_platform.storage import LocalStorage
 from mixer_platform.train.checkpoints import Checkpoints
 
@@ -67,6 +68,15 @@ def test_the_last_two_are_kept(checkpoints: Checkpoints) -> None:
     assert state["epoch"] == 11
     assert {key.split("/")[2] for key in checkpoints.storage.list("runs")} == {"epoch-00010", "epoch-00011"}
     assert checkpoints.read_towers(10)["a"].item() == 10
+
+
+def test_targets_of_a_round_come_back(checkpoints: Checkpoints) -> None:
+    classes, evidence = torch.tensor([[1, -1], [0, 2]]), torch.tensor([[0.5, 0.0], [-1.0, 2.0]])
+    targets = Targets(classes, evidence, torch.tensor([0.0, -6.0]), torch.ones(2))
+    checkpoints.write_targets(1, targets)
+    found = checkpoints.read_targets(1)
+    assert torch.equal(found.over(range(3)), targets.over(range(3)))
+    assert checkpoints.latest() is None, "what a round learns from is no checkpoint"
 
 
 def test_runs_are_apart(checkpoints: Checkpoints) -> None:

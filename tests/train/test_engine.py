@@ -15,6 +15,7 @@ import torch.multiprocessing
 
 from mixer.config import ModelConfig
 from mixer.softmax import ShardedMarginSoftmax
+from mixer.targets import Targets
 from mixer.towers import Towers
 from mixer.training import Batch, FrozenTower
 from mixer_platform.config import TrainConfig
@@ -69,13 +70,15 @@ def make_batch(rows: list[int]) -> Batch:
     token_mask[2] = 0
     has_image = torch.arange(ITEMS) != 5
     labels = torch.from_numpy(rng.integers(0, CLASSES, PHOTOS + ITEMS))
-    weights = torch.from_numpy(rng.uniform(0.2, 1.0, PHOTOS + ITEMS).astype(np.float32))
+    targets = Targets.certain(labels, torch.from_numpy(rng.uniform(0.2, 1.0, PHOTOS + ITEMS).astype(np.float32)), 2)
+    targets.classes[:PHOTOS, 1] = (labels[:PHOTOS] + 1) % CLASSES
+    targets.evidence[:PHOTOS] = torch.from_numpy(rng.normal(0, 2, (PHOTOS, 2)).astype(np.float32))
+    targets.others[:PHOTOS] = 0
     queries = torch.tensor([row for row in rows if row < PHOTOS], dtype=torch.int64)
     items = torch.tensor([row - PHOTOS for row in rows if row >= PHOTOS], dtype=torch.int64)
     order = torch.cat([queries, items + PHOTOS])
     return Batch(
-        photos[queries], pictures[items], has_image[items], tokens[items], token_mask[items], labels[order],
-        weights[order],
+        photos[queries], pictures[items], has_image[items], tokens[items], token_mask[items], targets[order],
     )  # fmt: skip
 
 

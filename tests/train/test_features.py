@@ -60,8 +60,15 @@ def test_batches_hold_the_encoders_features(cached: FeatureSamples, model: Mixer
     batch = cached.batch(rows, plan())
     order = [3, 0, 14, 12, 15, 17]  # photos first
     assert cached.ids == [row["sample_id"] for row in samples]
-    assert batch.labels.tolist() == [samples[row]["class_id"] for row in order]
-    torch.testing.assert_close(batch.weights, torch.tensor([samples[row]["weight"] for row in order]))
+    assert cached.labels.tolist() == [row["class_id"] for row in samples]
+    torch.testing.assert_close(batch.targets.weights, torch.tensor([samples[row]["weight"] for row in order]))
+    known = batch.targets.over(range(3))
+    for place, row in enumerate(order):
+        label = samples[row]["class_id"]
+        nothing = [0.0] * 3 if samples[row]["kind"] == "query" else [-torch.inf] * 3
+        said = zip(samples[row]["candidates"] or [label], samples[row]["evidence"] or [0.0], strict=True)
+        expected = {**dict(enumerate(nothing)), **dict(said)}
+        assert known[place].tolist() == list(expected.values())
 
     def patches(row: int) -> torch.Tensor:
         pixels = model.image_encoder.preprocess(decode(Path(samples[row]["image"]).read_bytes()))
@@ -111,18 +118,17 @@ def test_dropouts_hide_text_or_picture_but_never_both(cached: FeatureSamples) ->
 
 def test_batches_without_photos_or_without_items(cached: FeatureSamples) -> None:
     photos, items = cached.batch(np.array([1]), plan()), cached.batch(np.array([13]), plan())
-    assert (len(photos.photos), len(photos.pictures), len(photos.labels)) == (1, 0, 1)
-    assert (len(items.photos), len(items.pictures), len(items.labels)) == (0, 1, 1)
-    assert len(cached.batch(np.array([], int), plan()).labels) == 0
+    assert (len(photos.photos), len(photos.pictures), len(photos.targets)) == (1, 0, 1)
+    assert (len(items.photos), len(items.pictures), len(items.targets)) == (0, 1, 1)
+    assert len(cached.batch(np.array([], int), plan()).targets) == 0
 
 
-def test_doubt_lowers_the_weight_of_photos_only(cached: FeatureSamples) -> None:
-    before = cached.weights.clone()
-    cached.doubt(3)
-    assert (cached.weights[:PHOTOS] <= before[:PHOTOS] * 1.0501).all()
-    assert (cached.weights[:PHOTOS] >= before[:PHOTOS] * 0.0499).all()
-    assert not torch.equal(cached.weights[:PHOTOS], before[:PHOTOS])
-    assert torch.equal(cached.weights[PHOTOS:], before[PHOTOS:])
+def test_photos_share_evidence_and_items_do_not(cached: FeatureSamples) -> None:
+    before = cached.targets.over(range(3))
+    cached.pool_evidence(3)
+    after = cached.targets.over(range(3))
+    assert not torch.equal(after[:PHOTOS], before[:PHOTOS])
+    assert torch.equal(after[PHOTOS:], before[PHOTOS:])
 
 
 def test_pooled_leaves_missing_pictures_out(cached: FeatureSamples, model: MixerModel) -> None:
@@ -143,7 +149,7 @@ def test_pictures_as_needed_give_the_same_batches(
     rows = np.array([14, 3, 12, 15])
     for drops in ({}, {"drop_text": True}, {"drop_image": True}):
         one, other = pictures.batch(rows, plan(**drops)), cached.batch(rows, plan(**drops))
-        assert one.labels.tolist() == other.labels.tolist()
+        assert torch.equal(one.targets.over(range(3)), other.targets.over(range(3)))
         assert one.has_image.tolist() == other.has_image.tolist()
         assert one.token_mask.sum(dim=1).tolist() == other.token_mask.sum(dim=1).tolist()
     encoded = model.towers.pool(model.image_encoder(pictures.batch(rows, plan()).photos))

@@ -64,6 +64,27 @@ def test_a_run_publishes_a_model_and_an_interrupted_one_goes_on(workspace: Path,
     assert [path.name for path in (folder / "classifier").iterdir()] == ["000000000000-000000000003.safetensors"]
 
 
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("trained", [2, 3])
+def test_a_run_of_two_rounds_goes_on_between_and_within_them(
+    workspace: Path, architecture: ModelConfig, trained: int
+) -> None:
+    whole = train(run_config(workspace, architecture, rounds=2))
+    assert [entry["epoch"] for entry in whole["history"]] == [0, 1, 2, 3]
+    run = Checkpoints(open_storage(str(workspace)), whole["version"])
+    told = run.read_targets(1)
+    assert (told.others[:12] == -6).all()
+    assert torch.isneginf(told.others[12:]).all()
+    shutil.rmtree(workspace / "models" / whole["version"])
+    for epoch in range(trained, 4):
+        shutil.rmtree(workspace / run.folder / f"epoch-{epoch:05d}", ignore_errors=True)
+    if not list((workspace / run.folder).glob("epoch-*/state.json")):
+        pytest.skip("its checkpoint is one of those that are not kept")
+    resumed = train(run_config(workspace, architecture, rounds=2, workers=1))
+    assert resumed["history"][:trained] == whole["history"][:trained]
+    np.testing.assert_allclose(losses(resumed), losses(whole), rtol=1e-4)
+
+
 def check_model(folder: Path, report: dict[str, Any]) -> None:
     assert [entry["epoch"] for entry in report["history"]] == [0, 1]
     assert all(math.isfinite(loss) for loss in losses(report))

@@ -8,16 +8,22 @@ import numpy as np
 import pytest
 import torch
 
+from mixer.targets import Targets, concatenate
 from mixer_platform.train.loop import held_out_recall, split_holdout
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.49])
-def test_only_photos_are_held_out(share: float) -> None:
-    rows, held_out = split_holdout(photos=50, samples=80, share=share, seed=3)
+def test_only_photos_are_held_out_and_sure_ones(share: float) -> None:
+    evidence = torch.linspace(0, 9, 50)[torch.randperm(50, generator=torch.Generator().manual_seed(0))]
+    photos = Targets(torch.zeros(50, 1, dtype=torch.int64), evidence[:, None], torch.zeros(50), torch.ones(50))
+    targets = concatenate([photos, Targets.certain(torch.zeros(30, dtype=torch.int64))])
+    rows, held_out = split_holdout(targets, photos=50, classes=4, share=share, seed=3)
     assert len(held_out) == int(share * 50)
     assert (held_out < 50).all()
     assert sorted([*rows, *held_out]) == list(range(80))
-    again, _ = split_holdout(50, 80, share, 3)
+    if share == 0.1:
+        assert evidence[held_out].min() > evidence.mean()
+    again, _ = split_holdout(targets, 50, 4, share, 3)
     assert (rows == again).all()
 
 

@@ -15,8 +15,9 @@ import ray.data
 from ray.data import Dataset
 from ray.data.aggregate import Sum
 
+from mixer.clicks import COUNTS
 from mixer.embedder import item_text
-from mixer.labeling import COUNTS, Labels, organise
+from mixer.labeling import Labels, organise
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import InputError
@@ -34,6 +35,8 @@ SAMPLES = pa.schema(
         ("text", pa.string()),
         ("class_id", pa.int64()),
         ("weight", pa.float32()),
+        ("candidates", pa.list_(pa.int64())),  # of photos: classes that the logs speak of
+        ("evidence", pa.list_(pa.float32())),  # nats for each of them, see mixer.labeling.Labels
     ]
 )
 _log = logging.getLogger(__name__)
@@ -126,30 +129,34 @@ def organise_logs(logs: Dataset, items: Dataset, config: RunConfig) -> Labels:
     """Count what the sound log rows say of each query, item and position, and organise it into classes."""
     counted = logs.map_batches(_count_batch, **_ARROW, batch_size=None)
     keys = ["query_id", "item_id", "position"]
-    measures = ["impressions", "clicks", "purchases"]
-    sums = counted.groupby(keys).aggregate(*(Sum(name, alias_name=name) for name in measures))
+    sums = counted.groupby(keys).aggregate(*(Sum(name, alias_name=name) for name in COUNTS.names[len(keys) :]))
     counts = _collect(sums, COUNTS)
     if not pc.sum(counts["clicks"]).as_py():
         raise InputError(f"{config.data}/logs: no usable click; see the reasons in quarantine and mend the logs")
-    item_ids = pa.array([key for batch in _batches(items) for key in rows.sound(batch)["item_id"].to_pylist()])
-    return organise(counts, item_ids, config.prepare.labeling)
+    titles = [rows.sound(batch).select(_TITLES.names).cast(_TITLES) for batch in _batches(items)]
+    return organise(counts, pa.concat_tables(titles), config.prepare.labeling)
+
+
+_TITLES = pa.schema([("item_id", pa.string()), ("title", pa.string())])
 
 
 def _count_batch(batch: pa.Table) -> pa.Table:
+    """Return COUNTS of a batch's sound rows."""
     batch = rows.sound(batch)
-    event = batch["event"]
-    counts = {
-        "impressions": pc.equal(event, "impression"),
-        "clicks": pc.equal(event, "click"),
-        "purchases": pc.is_in(event, pa.array(["add_to_cart", "purchase"])),
+    clicked = pc.equal(batch["event"], "click")
+    timed = pc.and_(clicked, pc.fill_null(pc.greater(batch["dwell_ms"], 0), False))
+    log_dwell = pc.if_else(timed, pc.ln(pc.if_else(timed, pc.cast(batch["dwell_ms"], pa.float64()), 1.0)), 0.0)
+    keys = ["query_id", "item_id", "position"]
+    measures = {
+        "impressions": pc.equal(batch["event"], "impression"),
+        "clicks": clicked,
+        "purchases": pc.is_in(batch["event"], pa.array(["add_to_cart", "purchase"])),
+        "dwells": timed,
+        "log_dwell": log_dwell,
+        "log_dwell_squared": pc.power(log_dwell, 2),
     }
-    keys = batch.select(["query_id", "item_id", "position"])
-    table = pa.table({**{name: keys[name] for name in keys.column_names}, **counts})
-    table = table.set_column(2, "position", pc.cast(table["position"], pa.int32()))
-    for name in counts:
-        table = table.set_column(table.column_names.index(name), name, pc.cast(table[name], pa.int64()))
-    summed = table.group_by(keys.column_names).aggregate([(name, "sum") for name in counts])
-    return summed.rename_columns([*keys.column_names, *counts])
+    table = pa.table({**{key: batch[key] for key in keys}, **measures}).cast(COUNTS)
+    return table.group_by(keys).aggregate([(name, "sum") for name in measures]).rename_columns(COUNTS.names)
 
 
 def _write_samples(items: Dataset, queries: Dataset, labels: Labels, storage: Storage, folder: str) -> None:
@@ -163,21 +170,25 @@ def _write_samples(items: Dataset, queries: Dataset, labels: Labels, storage: St
 
 
 def _sample_rows(batch: pa.Table, kind: str, known: pa.Table) -> pa.Table:
+    """Return the SAMPLES of the sound rows of photos or items whose class is known, as `Labels` has it."""
     batch = rows.sound(batch)
-    key = f"{kind}_id"
+    place = pc.index_in(pc.cast(batch[f"{kind}_id"], pa.string()), known[f"{kind}_id"].combine_chunks())
+    batch, known = batch.filter(pc.is_valid(place)), known.take(place.drop_null())
     texts: list[str | None] = [None] * len(batch)
     if kind == "item":
         pairs = zip(batch["title"].to_pylist(), batch["description"].to_pylist(), strict=True)
         texts = [item_text(title, description) for title, description in pairs]
-    else:
-        known = known.rename_columns([key, "class_id", "weight"])
-    columns = {key: pc.cast(batch[key], pa.string()), "image": batch["image"], "text": pa.array(texts, pa.string())}
-    labelled = pa.table(columns).join(known, key, join_type="inner").rename_columns({key: "sample_id"})
-    ones = pa.array([1.0] * len(labelled), pa.float32())
-    if kind == "item":
-        labelled = labelled.append_column("weight", ones)
-    kinds = pa.array([kind] * len(labelled), pa.string())
-    return labelled.append_column("kind", kinds).select(SAMPLES.names).cast(SAMPLES)
+    columns = {
+        "sample_id": batch[f"{kind}_id"],
+        "kind": pa.array([kind] * len(batch), pa.string()),
+        "image": batch["image"],
+        "text": pa.array(texts, pa.string()),
+        "class_id": known["class_id"],
+        "weight": pa.array([1.0] * len(batch), pa.float32()),
+    }
+    for name in ("candidates", "evidence"):
+        columns[name] = known[name] if kind == "query" else pa.nulls(len(batch), SAMPLES.field(name).type)
+    return pa.table(columns).cast(SAMPLES)
 
 
 def _classes(labels: Labels) -> pa.Table:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from mixer.targets import Targets
 from mixer_platform.storage import Storage
 
 STATE = "state.json"
@@ -47,6 +48,16 @@ class Checkpoints:
         for key in sorted(visible)[:-keep]:
             self.storage.delete(key.removesuffix(f"/{STATE}"))
 
+    def write_targets(self, round_: int, targets: Targets) -> None:
+        """Write what a round learns from; one worker does."""
+        parts = {"classes": targets.classes, "evidence": targets.evidence}
+        parts |= {"others": targets.others, "weights": targets.weights}
+        self.storage.write(self._targets(round_), save({name: part.contiguous() for name, part in parts.items()}))
+
+    def read_targets(self, round_: int) -> Targets:
+        """Return what `write_targets` wrote."""
+        return Targets(**load(self.storage.read(self._targets(round_))))
+
     def read_towers(self, epoch: int) -> dict[str, Tensor]:
         """Return what `write_towers` wrote."""
         return load(self.storage.read(f"{self._epoch(epoch)}/{_TOWERS}"))
@@ -63,6 +74,9 @@ class Checkpoints:
                 cut = slice(max(first - start, 0), max(last - start, 0))
                 parts.append({name: value[cut] for name, value in rows.items()})
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _targets(self, round_: int) -> str:
+        return f"{self.folder}/targets-{round_}.safetensors"
 
     def _epoch(self, epoch: int) -> str:
         return f"{self.folder}/epoch-{epoch:05d}"

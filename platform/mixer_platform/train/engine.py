@@ -45,7 +45,7 @@ class HybridTrainer:
         if self.head.world > 1:
             # The loss is the mean over all workers already; ZeRO will divide by their number once more.
             embeddings.register_hook(lambda gradient: gradient * self.head.world)
-        loss = self.head(embeddings, batch.labels, batch.weights)
+        loss = self.head(embeddings, batch.targets)
         self._head_optimizer.zero_grad(set_to_none=True)
         self.engine.backward(loss)
         self._head_optimizer.step()

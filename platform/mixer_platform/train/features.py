@@ -17,16 +17,17 @@ from PIL import Image
 from torch import Tensor
 
 from mixer.config import ModelConfig
-from mixer.denoise import neighbour_agreement
 from mixer.embedder import ImageFeatures, TextFeatures
 from mixer.export import export_encoders
 from mixer.images import augment, decode
 from mixer.sampling import EpochPlan
+from mixer.targets import concatenate, pool_evidence
 from mixer.towers import MixerModel, Towers
 from mixer.training import Batch
 from mixer_platform import versions
 from mixer_platform.config import TrainConfig
 from mixer_platform.storage import Storage, open_storage, read_uri
+from mixer_platform.train.labels import LABELS, in_training_order, read_labels
 
 KIND = "features"
 _BLOCK_ROWS = 64
@@ -76,7 +77,7 @@ class FeatureWorker:
         views = [self._views(row["sample_id"], picture) for row, picture in zip(rows, pictures, strict=True)]
         items = [row for row in rows if row["kind"] == "item"]
         tokens = self._tokens([row["text"] for row in items])
-        columns: dict[str, Any] = {name: batch[name] for name in ("sample_id", "kind", "class_id", "weight")}
+        columns: dict[str, Any] = {name: batch[name] for name in LABELS}
         columns["views"] = pa.array(
             [self._encode(row["kind"], view) for row, view in zip(rows, views, strict=True)], pa.binary()
         )
@@ -119,11 +120,9 @@ class FeatureSamples:
     def __init__(self, storage: Storage, version: str, widths: tuple[int, int], views: int, max_tokens: int) -> None:
         image_width, text_width = widths
         stored = pyarrow.dataset.dataset(storage.path(f"{KIND}/{version}/rows"), filesystem=storage.filesystem)
-        keys = stored.to_table(columns=["kind", "sample_id", "class_id", "weight"])
-        keys = keys.sort_by([("kind", "descending"), ("sample_id", "ascending")])
+        keys = in_training_order(stored.to_table(columns=LABELS))
         self.ids = keys["sample_id"].to_pylist()
-        self.labels = torch.from_numpy(keys["class_id"].to_numpy().copy())
-        self.weights = torch.from_numpy(keys["weight"].to_numpy().copy())
+        self.labels, self.targets = read_labels(keys)
         places = {key: row for row, key in enumerate(zip(keys["kind"].to_pylist(), self.ids, strict=True))}
         count = sum(kind == "query" for kind, _ in places)
         items = len(places) - count
@@ -153,13 +152,12 @@ class FeatureSamples:
         missing = torch.zeros(items, views, 1, image_width, dtype=torch.float16)
         self.pictures = missing if pictures is None else pictures
 
-    def doubt(self, neighbours: int) -> None:
-        """Weigh each photo by how many of its visual neighbours carry its label."""
+    def pool_evidence(self, neighbours: int) -> None:
+        """Let photos that look alike share what the logs say of each."""
         count = len(self.photos)
-        agreement = neighbour_agreement(
-            self.photos[:, 0].float(), self.labels[:count], self.weights[:count], neighbours
-        )
-        self.weights[:count] *= 0.05 + agreement
+        photos, items = torch.arange(count), torch.arange(count, len(self.labels))
+        pooled = pool_evidence(self.photos[:, 0].float(), self.targets[photos], neighbours)
+        self.targets = concatenate([pooled, self.targets[items]])
 
     def pooled(self, towers: Towers) -> Tensor:
         """Return the first view of every sample with a picture, as `towers` pool it, [n, width]."""
@@ -184,8 +182,7 @@ class FeatureSamples:
             has_image=has_image & ~drop_image,
             tokens=self.tokens[item_rows],
             token_mask=mask,
-            labels=self.labels[order],
-            weights=self.weights[order],
+            targets=self.targets[order],
         )
 
 

@@ -15,6 +15,7 @@ from mixer.sampling import EpochPlan
 from mixer.towers import MixerModel
 from mixer.training import Batch
 from mixer_platform.storage import Storage, read_uri
+from mixer_platform.train.labels import in_training_order, read_labels
 
 
 class PictureSamples:
@@ -22,10 +23,9 @@ class PictureSamples:
 
     def __init__(self, storage: Storage, version: str, model: MixerModel, seed: int, threads: int = 4) -> None:
         rows = pq.read_table(storage.path(f"samples/{version}/train"), filesystem=storage.filesystem)
-        rows = rows.sort_by([("kind", "descending"), ("sample_id", "ascending")])
+        rows = in_training_order(rows)
         self.photos = rows.filter(pc.equal(rows["kind"], "query"))["image"].to_pylist()
-        self.labels = torch.from_numpy(rows["class_id"].to_numpy().copy())
-        self.weights = torch.from_numpy(rows["weight"].to_numpy().copy())
+        self.labels, self.targets = read_labels(rows)
         self._images, self._texts = rows["image"].to_pylist(), rows["text"].to_pylist()
         self._preprocess, self._tokenizer = model.image_encoder.preprocess, model.text_encoder.tokenizer
         self._seed, self._threads = seed, ThreadPoolExecutor(threads)
@@ -55,8 +55,7 @@ class PictureSamples:
             has_image=torch.from_numpy(has_image & ~(plan.drop_image[items] & has_text)),
             tokens=torch.from_numpy(token_ids),
             token_mask=torch.from_numpy(token_mask),
-            labels=self.labels[order],
-            weights=self.weights[order],
+            targets=self.targets[order],
         )
 
     def _pixels(self, rows: np.ndarray, plan: EpochPlan | None) -> Tensor:

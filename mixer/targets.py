@@ -1,0 +1,126 @@
+"""What is known of samples' classes: an item is of its class, a photo has evidence for and against some."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PADDING = -1
+_MOST_AGAINST, _MOST_FOR = -5.0, 8.0  # nats that one neighbour's evidence may count before its weight
+
+
+@dataclass
+class Targets:
+    """Evidence, in nats, of n samples: ln P(what was observed | the sample is of this class), up to a constant.
+
+    classes: int64 [n, k], PADDING where a sample has fewer. evidence: [n, k]. others: [n], the evidence of every class
+    that is not named; -inf where the class is certain. weights: [n], how much each sample counts.
+    """
+
+    classes: Tensor
+    evidence: Tensor
+    others: Tensor
+    weights: Tensor
+
+    @classmethod
+    def certain(cls, labels: Tensor, weights: Tensor | None = None, width: int = 1) -> Targets:
+        """Return the targets of samples that are of their class for sure; `width` is k."""
+        classes = F.pad(labels[:, None], (0, width - 1), value=PADDING)
+        ones = torch.ones(len(labels)) if weights is None else weights
+        return cls(classes, torch.zeros(classes.shape), torch.full((len(labels),), -torch.inf), ones)
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def __getitem__(self, rows: Tensor) -> Targets:
+        return Targets(self.classes[rows], self.evidence[rows], self.others[rows], self.weights[rows])
+
+    def to(self, device: torch.device) -> Targets:
+        """Return the targets on `device`."""
+        parts = (self.classes, self.evidence, self.others, self.weights)
+        return Targets(*(part.to(device, non_blocking=True) for part in parts))
+
+    def confidence(self, total: int) -> Tensor:
+        """Return the probability of the likeliest class, if each of `total` classes is as likely before, [n]."""
+        named = self.evidence.masked_fill(self.classes == PADDING, -torch.inf)
+        unnamed = total - (self.classes != PADDING).sum(dim=1)
+        rest = self.others + unnamed.clamp_min(0).log()
+        whole = torch.cat([named, rest[:, None]], dim=1).logsumexp(dim=1)
+        return (torch.maximum(named.amax(dim=1), self.others.where(unnamed > 0, -torch.inf)) - whole).exp()
+
+    def over(self, owned: range) -> Tensor:
+        """Return the evidence of the classes `owned`, [n, len(owned)]."""
+        dense = self.others[:, None].repeat(1, len(owned))
+        rows, places = ((self.classes >= owned.start) & (self.classes < owned.stop)).nonzero(as_tuple=True)
+        dense[rows, self.classes[rows, places] - owned.start] = self.evidence[rows, places]
+        return dense
+
+
+def concatenate(parts: list[Targets]) -> Targets:
+    """Join targets of any k into one, padded to the widest."""
+    width = max(part.classes.shape[1] for part in parts)
+    wide = [width - part.classes.shape[1] for part in parts]
+    return Targets(
+        torch.cat([F.pad(part.classes, (0, more), value=PADDING) for part, more in zip(parts, wide, strict=True)]),
+        torch.cat([F.pad(part.evidence, (0, more)) for part, more in zip(parts, wide, strict=True)]),
+        torch.cat([part.others for part in parts]),
+        torch.cat([part.weights for part in parts]),
+    )
+
+
+def pool_evidence(
+    features: Tensor, targets: Targets, neighbours: int, strength: float = 3.0, temperature: float = 0.125,
+    chunk: int = 1024,
+) -> Targets:  # fmt: skip
+    """Add to each photo's evidence that of the photos which look like it.
+
+    Wrong clicks are made by chance or by the engine, looks are not: what a few clicks leave open, the clicks on a dozen
+    photos of the same thing decide. Each neighbour counts strength * exp((cosine - 1) / temperature).
+
+    Args:
+        features: [n, width], of the untrained encoder.
+        targets: of n photos; the result keeps their k strongest classes.
+        neighbours: how many are asked.
+        chunk: rows compared at once; memory is chunk x n, time n x n.
+    """
+    count, width = targets.classes.shape
+    neighbours = min(neighbours, count - 1)
+    if neighbours < 1:
+        return targets
+    unit = F.normalize(features - features.mean(dim=0), dim=1)
+    said = targets.evidence.clamp(_MOST_AGAINST, _MOST_FOR)
+    classes, evidence = [], []
+    for start in range(0, count, chunk):
+        cosines = unit[start : start + chunk] @ unit.T
+        rows = torch.arange(len(cosines))
+        cosines[rows, rows + start] = -torch.inf
+        nearest, index = cosines.topk(neighbours, dim=1)
+        weight = strength * ((nearest - 1) / temperature).exp()
+        own = slice(start, start + len(cosines))
+        every = torch.cat([targets.classes[own], targets.classes[index].flatten(1)], dim=1)
+        values = torch.cat([targets.evidence[own], (weight[..., None] * said[index]).flatten(1)], dim=1)
+        kept, total = _strongest(every, values, width)
+        classes.append(kept)
+        evidence.append(total)
+    return Targets(torch.cat(classes), torch.cat(evidence), targets.others, targets.weights)
+
+
+def from_belief(classes: Tensor, belief: Tensor, floor: float, weights: Tensor) -> Targets:
+    """Return the targets that a belief makes: ln P(class), [n, k], of the likeliest classes; none is below `floor`."""
+    return Targets(classes, belief.clamp_min(floor), torch.full((len(belief),), floor), weights)
+
+
+def _strongest(classes: Tensor, values: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Sum the values of equal classes in each row; return the `width` classes of greatest magnitude and their sums."""
+    classes, order = classes.sort(dim=1, stable=True)
+    values = values.gather(1, order)
+    begins = F.pad(classes.diff(dim=1) != 0, (1, 0), value=True)
+    place = begins.cumsum(dim=1) - 1
+    sums = torch.zeros_like(values).scatter_add_(1, place, values)
+    names = torch.full_like(classes, PADDING).scatter_(1, place, classes)
+    sums[names == PADDING] = 0
+    strongest = sums.abs().topk(width, dim=1).indices
+    return names.gather(1, strongest), sums.gather(1, strongest)

@@ -1,0 +1,119 @@
+"""What is known of classes: dense and sparse say the same, and photos that look alike share what is known of each."""
+
+from __future__ import annotations
+
+import collections
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixer.targets import PADDING, Targets, concatenate, from_belief, pool_evidence
+
+
+def random_targets(n: int, width: int = 3, classes: int = 6, seed: int = 0) -> Targets:
+    generator = torch.Generator().manual_seed(seed)
+    named = torch.rand(n, classes, generator=generator).argsort(dim=1)[:, :width]
+    named[torch.rand(n, width, generator=generator) < 0.3] = PADDING
+    evidence = torch.randn(n, width, generator=generator) * 3
+    return Targets(named, evidence, torch.zeros(n), torch.ones(n))
+
+
+def as_dicts(targets: Targets) -> list[dict[int, float]]:
+    rows = zip(targets.classes.tolist(), targets.evidence.tolist(), strict=True)
+    return [{label: value for label, value in zip(*row, strict=True) if label != PADDING} for row in rows]
+
+
+@pytest.mark.parametrize("owned", [range(6), range(2, 4), range(3, 3)])
+def test_over_gives_the_evidence_of_each_class(owned: range) -> None:
+    targets = random_targets(20)
+    targets.others[:] = torch.arange(20) * 0.1
+    dense = targets.over(owned)
+    assert dense.shape == (20, len(owned))
+    for row, known in enumerate(as_dicts(targets)):
+        expected = [known.get(label, row * 0.1) for label in owned]
+        assert dense[row].tolist() == pytest.approx(expected)
+
+
+def test_certain_targets_leave_no_other_class() -> None:
+    targets = Targets.certain(torch.tensor([2, 0]), width=3)
+    assert targets.over(range(3)).tolist() == [[-math.inf, -math.inf, 0], [0, -math.inf, -math.inf]]
+    assert targets.confidence(3).tolist() == [1.0, 1.0]
+
+
+def test_confidence_is_that_of_the_likeliest_class() -> None:
+    targets = random_targets(20)
+    expected = targets.over(range(6)).softmax(dim=1).amax(dim=1)
+    torch.testing.assert_close(targets.confidence(6), expected)
+
+
+def test_joined_targets_stay_what_they_are() -> None:
+    parts = [random_targets(4, width=3), Targets.certain(torch.tensor([5, 1])), random_targets(2, width=1, seed=1)]
+    joined = concatenate(parts)
+    assert joined.classes.shape == (8, 3)
+    expected = torch.cat([part.over(range(6)) for part in parts])
+    torch.testing.assert_close(joined.over(range(6)), expected)
+    rows = torch.tensor([5, 0])
+    torch.testing.assert_close(joined[rows].over(range(6)), expected[rows])
+
+
+def test_a_belief_names_the_likeliest_and_no_class_goes_below_the_floor() -> None:
+    classes, belief = torch.tensor([[4, 0]]), torch.tensor([[-0.01, -40.0]])
+    targets = from_belief(classes, belief, -6.0, torch.ones(1))
+    assert targets.over(range(5))[0].tolist() == pytest.approx([-6, -6, -6, -6, -0.01])
+
+
+def naive_pooled(features: Tensor, targets: Targets, neighbours: int, strength: float) -> list[dict[int, float]]:
+    unit = F.normalize(features - features.mean(dim=0), dim=1)
+    known = as_dicts(targets)
+    pooled = []
+    for a in range(len(unit)):
+        cosines = {b: float(unit[a] @ unit[b]) for b in range(len(unit)) if b != a}
+        sums = collections.defaultdict(float, known[a])
+        for b in sorted(cosines, key=lambda b: -cosines[b])[:neighbours]:
+            for label, value in known[b].items():
+                sums[label] += strength * math.exp((cosines[b] - 1) / 0.125) * min(max(value, -5), 8)
+        pooled.append(dict(sums))
+    return pooled
+
+
+@pytest.mark.parametrize("neighbours", [1, 7, 39, 100])
+@pytest.mark.parametrize("chunk", [7, 1024])
+def test_pooled_evidence_equals_the_naive_one(neighbours: int, chunk: int) -> None:
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) + 4
+    targets = random_targets(40, width=6)
+    found = pool_evidence(features, targets, neighbours, strength=3.0, chunk=chunk)
+    for got, expected in zip(as_dicts(found), naive_pooled(features, targets, neighbours, 3.0), strict=True):
+        assert got == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_only_the_strongest_are_kept() -> None:
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    wide = pool_evidence(features, random_targets(40, width=6), 5)
+    narrow = pool_evidence(features, random_targets(40, width=6), 5)
+    few = Targets(narrow.classes[:, :2], narrow.evidence[:, :2], narrow.others, narrow.weights)
+    for kept, every in zip(as_dicts(few), as_dicts(wide), strict=True):
+        strongest = sorted(every, key=lambda label: -abs(every[label]))[:2]
+        assert set(kept) == set(strongest)
+
+
+def test_many_weak_clicks_on_one_thing_decide_together() -> None:
+    """Photos of five things; each has faint evidence, in a third of the cases for a wrong thing."""
+    generator = torch.Generator().manual_seed(1)
+    truth = torch.arange(300) % 5
+    features = torch.eye(5)[truth] * 3 + torch.randn(300, 5, generator=generator) * 0.4
+    wrong = torch.rand(300, generator=generator) < 0.33
+    seen = torch.where(wrong, (truth + 1 + torch.arange(300) % 3) % 5, truth)
+    targets = Targets(seen[:, None], torch.full((300, 1), 1.5), torch.zeros(300), torch.ones(300))
+    wide = concatenate([targets, Targets.certain(torch.tensor([0]), width=5)])[torch.arange(300)]
+    pooled = pool_evidence(features, wide, 20)
+    right = pooled.over(range(5)).argmax(dim=1) == truth
+    assert right.float().mean() > 0.98 > 1 - wrong.float().mean()
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_photos_without_neighbours_keep_what_they_have(n: int) -> None:
+    found = pool_evidence(torch.ones(n, 3), random_targets(n), 5)
+    assert as_dicts(found) == as_dicts(random_targets(n))
