@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -42,6 +42,9 @@ class Storage(Protocol):
 
     def list(self, prefix: str) -> dict[str, str]:
         """Return every key below the folder `prefix`, with a tag that changes when its content does."""
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        """Return the names of the folders directly in the folder `prefix`, in order, without looking into them."""
 
     def tag(self, key: str) -> str | None:
         """Return the tag of `key`'s content, None if there is none."""
@@ -107,6 +110,10 @@ class LocalStorage:
         folder = self.root / prefix
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
         return {str(path.relative_to(self.root)): _file_tag(path) for path in files}
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        folder = self.root / prefix
+        return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
     def tag(self, key: str) -> str | None:
         path = self.root / key
@@ -193,11 +200,13 @@ class S3Storage:
             self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
 
     def list(self, prefix: str) -> dict[str, str]:
-        folder = self._key(prefix).rstrip("/") + "/" if self._key(prefix) else ""
         skip = len(self.prefix) + 1 if self.prefix else 0
-        with self._explained(prefix):
-            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
-            return {entry["Key"][skip:]: entry["ETag"] for page in pages for entry in page.get("Contents", [])}
+        pages = self._pages(prefix)
+        return {entry["Key"][skip:]: entry["ETag"] for page in pages for entry in page.get("Contents", [])}
+
+    def folders(self, prefix: str) -> Sequence[str]:
+        pages = self._pages(prefix, Delimiter="/")
+        return [entry["Prefix"].split("/")[-2] for page in pages for entry in page.get("CommonPrefixes", [])]
 
     def tag(self, key: str) -> str | None:
         with self._explained(key):
@@ -222,6 +231,12 @@ class S3Storage:
         with self._explained(prefix):
             for key in self.list(prefix):
                 self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+
+    def _pages(self, prefix: str, **settings: str) -> Iterator[dict[str, Any]]:
+        folder = self._key(prefix).rstrip("/") + "/" if self._key(prefix) else ""
+        with self._explained(prefix):
+            pages = self.client.get_paginator("list_objects_v2")
+            yield from pages.paginate(Bucket=self.bucket, Prefix=folder, **settings)
 
     def _key(self, key: str) -> str:
         return "/".join(part for part in (self.prefix, key) if part)

@@ -29,6 +29,14 @@ def test_list_gives_the_keys_below_a_folder_only(storage: Storage) -> None:
     assert storage.list("nothing") == {}
 
 
+def test_folders_are_those_directly_below(storage: Storage) -> None:
+    for key in ("a/1", "a/b/2", "a/c/d/3", "ab/3"):
+        storage.write(key, key.encode())
+    assert storage.folders("a") == ["b", "c"]
+    assert storage.folders("") == ["a", "ab"]
+    assert storage.folders("nothing") == []
+
+
 def test_tags_change_when_content_does(storage: Storage) -> None:
     assert storage.tag("a/key") is None
     storage.write("a/key", b"one")

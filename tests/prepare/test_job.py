@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import InputError
 from mixer_platform.prepare.job import SAMPLES, prepare
@@ -249,6 +250,28 @@ def test_a_second_run_reuses_and_other_settings_or_data_make_a_new_version(run: 
     assert simplified(other["tables"]["items"]["quarantined"]) == {
         reason: count for reason, count in run["planted"]["items"].items() if "8 x 8" not in reason
     }
+
+
+def test_two_runs_at_once_leave_two_whole_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run begins when the first has written everything, and publishes before it."""
+    tables = sound_tables(tmp_path / "data")
+    tables["logs"] += [event("q1", "unheard of", "click")]
+    write_parquet(tables, tmp_path / "data")
+    config, publish, reports = run_config(tmp_path, partitions=1), versions.publish, []
+
+    def delayed(*arguments: Any) -> dict[str, Any]:
+        monkeypatch.setattr(versions, "publish", publish)
+        reports.append(prepare(config))
+        return publish(*arguments)
+
+    monkeypatch.setattr(versions, "publish", delayed)
+    reports.append(prepare(config))
+    assert len({report["version"] for report in reports}) == 2
+    for report in reports:
+        folder = version_folder(tmp_path, report)
+        assert len(set(pq.read_table(folder / "train")["sample_id"].to_pylist())) == 31
+        assert [pq.read_table(folder / part).num_rows for part in ("train", "quarantine")] == [31, 1]
+    assert prepare(config)["version"] == reports[1]["version"]
 
 
 def test_json_lines_give_what_parquet_gives(run: dict[str, Any], tmp_path: Path) -> None:

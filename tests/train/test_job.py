@@ -51,10 +51,11 @@ def test_a_run_publishes_a_model_and_an_interrupted_one_goes_on(workspace: Path,
     # As if it had been stopped after the first epoch; one worker takes over from two.
     first = weights(workspace, report)
     shutil.rmtree(folder)
-    run = Checkpoints(open_storage(str(workspace)), report["version"])
+    run = Checkpoints(open_storage(str(workspace)), report["fingerprint"])
     shutil.rmtree(workspace / run.folder / "epoch-00001")
     resumed = train(run_config(workspace, architecture, workers=1))
-    assert resumed["version"] == report["version"]
+    assert resumed["fingerprint"] == report["fingerprint"]
+    folder = workspace / "models" / resumed["version"]
     assert resumed["history"][0] == report["history"][0], "the first epoch was trained again"
     np.testing.assert_allclose(losses(resumed), losses(report), rtol=1e-5)
     second = weights(workspace, resumed)

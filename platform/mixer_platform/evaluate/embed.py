@@ -86,14 +86,15 @@ def export_untrained(storage: Storage, architecture: ModelConfig) -> str:
     from mixer.encoders import image_encoder  # here, not at the top: the actors of this module need no torch
     from mixer.export import export_image_encoder
 
-    version = versions.fingerprint(architecture.image_encoder)
-    folder = f"encoders/{version}"
-    if versions.manifest(storage, "encoders", version) is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            export_image_encoder(image_encoder(architecture.image_encoder), Path(scratch))
-            versions.upload(storage, Path(scratch), folder)
-        versions.publish(storage, "encoders", version, {"image_encoder": architecture.image_encoder})
-    return folder
+    fingerprint = versions.fingerprint(architecture.image_encoder)
+    if done := versions.find(storage, "encoders", fingerprint):
+        return f"encoders/{done['version']}"
+    version = versions.new_version(fingerprint)
+    with tempfile.TemporaryDirectory() as scratch:
+        export_image_encoder(image_encoder(architecture.image_encoder), Path(scratch))
+        versions.upload(storage, Path(scratch), f"encoders/{version}")
+    versions.publish(storage, "encoders", version, {"image_encoder": architecture.image_encoder})
+    return f"encoders/{version}"
 
 
 def _picture(uri: str | None) -> Image.Image | None:

@@ -7,6 +7,7 @@ import platform
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from mixer.config import ModelConfig
 from mixer.metrics import hit_at_k, macro, ndcg_at_k, relevance
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
-from mixer_platform.errors import InputError
+from mixer_platform.errors import ConflictError, InputError
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
 from mixer_platform.evaluate.embed import ITEM, PHOTO, PhotoWorker, export_untrained, picture_rows
 from mixer_platform.gallery import MISSING, IndexManifest, Shard, merge_top_k, read_manifest
@@ -43,7 +44,8 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     index = read_manifest(storage)
     model = versions.require(storage, "models", index.model)
     truth = find_truth(config)
-    version = versions.fingerprint(index.version, truth.storage.uri, truth.tags, config.evaluate.model_dump())
+    gallery = versions.fingerprint_of(index.version)
+    version = versions.fingerprint(gallery, truth.storage.uri, truth.tags, config.evaluate.model_dump())
     if storage.tag(f"{KIND}/{version}.json"):
         return {**versions.read_json(storage, f"{KIND}/{version}.json"), "reused": True}
 
@@ -77,10 +79,12 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         "seed": config.evaluate.seed,
         "seconds": round(time.monotonic() - started, 2),
     }
-    storage.write(f"{KIND}/{version}.parquet", _photo_table(asked))
-    storage.write(f"{KIND}/{version}.png", _sheet(asked, results, relevant, config))
-    storage.publish(f"{KIND}/{version}.json", versions.to_json(report), replaces=None)
-    return report
+    sheet = _sheet(asked, results, relevant, config)
+    files = {"parquet": _photo_table(asked), "png": sheet, "json": versions.to_json(report)}  # what shows it comes last
+    for ending, content in files.items():
+        with suppress(ConflictError):  # an equal report, made at the same time
+            storage.publish(f"{KIND}/{version}.{ending}", content, replaces=None)
+    return versions.read_json(storage, f"{KIND}/{version}.json")
 
 
 def find_truth(config: RunConfig) -> InputFiles:

@@ -58,13 +58,15 @@ def build(config: RunConfig) -> dict[str, Any]:
     items = find_input(config.data, ITEMS)
     embeddings = embed_items(storage, items, model, config)
     settings = config.index.model_dump(exclude={"model", "embedders", "batch_size"})
-    version = versions.fingerprint(embeddings["version"], settings)
-    manifest = versions.manifest(storage, KIND, version)
+    fingerprint = versions.fingerprint(versions.fingerprint_of(embeddings["version"]), settings)
+    manifest = versions.find(storage, KIND, fingerprint)
     if manifest is None:
+        version = versions.new_version(fingerprint)
         manifest = _build_shards(storage, version, embeddings, config)
         manifest = {**manifest, "seconds": round(time.monotonic() - started, 2)}
         manifest = versions.publish(storage, KIND, version, manifest)
     else:
+        version = manifest["version"]
         _log.info("index %s is there already", version)
         manifest = {**manifest, "reused": True}
     if current is None or storage.read(CURRENT).decode().strip() != version:
@@ -74,12 +76,13 @@ def build(config: RunConfig) -> dict[str, Any]:
 
 def embed_items(storage: Storage, items: InputFiles, model: str, config: RunConfig) -> dict[str, Any]:
     """Write `embeddings/<version>/` unless it is there; return its manifest."""
-    version = versions.fingerprint(items.storage.uri, items.tags, model)
-    if done := versions.manifest(storage, EMBEDDINGS, version):
-        _log.info("embeddings %s are there already", version)
+    # The model's version, not its fingerprint: trained again it is the same up to rounding only.
+    fingerprint = versions.fingerprint(items.storage.uri, items.tags, model)
+    if done := versions.find(storage, EMBEDDINGS, fingerprint):
+        _log.info("embeddings %s are there already", done["version"])
         return done
+    version = versions.new_version(fingerprint)
     folder = f"{EMBEDDINGS}/{version}"
-    storage.delete(folder)
     rows = read_input(items).repartition(config.prepare.partitions, keys=["item_id"])
     rows = rows.map_batches(_first_of_each, batch_format="pyarrow", batch_size=None)
     # One batch a block: the embedders then end together.
@@ -113,7 +116,6 @@ def _first_of_each(batch: pa.Table) -> pa.Table:
 
 
 def _build_shards(storage: Storage, version: str, embeddings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    storage.delete(f"{KIND}/{version}")
     model, wish = embeddings["model"], config.index
     dim = versions.require(storage, "models", model)["dim"]
     factory = factory_for(embeddings["items"], wish.factory)

@@ -47,14 +47,14 @@ def prepare(config: RunConfig) -> dict[str, Any]:
     started = time.monotonic()
     storage = open_storage(config.workspace)
     inputs = {table: find_input(config.data, table) for table in (ITEMS, QUERIES, LOGS)}
-    version = versions.fingerprint(
+    fingerprint = versions.fingerprint(
         [config.data, [files.tags for files in inputs.values()]], config.prepare.model_dump(exclude={"partitions"})
     )
-    if done := versions.manifest(storage, KIND, version):
-        _log.info("samples %s are there already", version)
+    if done := versions.find(storage, KIND, fingerprint):
+        _log.info("samples %s are there already", done["version"])
         return {**done, "reused": True}
+    version = versions.new_version(fingerprint)
     folder = f"{KIND}/{version}"
-    storage.delete(folder)  # what an interrupted run left
     ray.data.DataContext.get_current().default_hash_shuffle_parallelism = config.prepare.partitions
 
     items = _checked(read_input(inputs[ITEMS]), "item_id", config)

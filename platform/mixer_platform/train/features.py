@@ -35,14 +35,13 @@ _log = logging.getLogger(__name__)
 
 def cache_features(storage: Storage, samples: str, model: ModelConfig, train: TrainConfig) -> str:
     """Compute `features/<version>/` for a samples version unless it is there, and return the version."""
-    version = versions.fingerprint(
-        samples, model.image_encoder, model.text_encoder, model.max_tokens, model.pooling, train.views, train.seed
-    )
-    if versions.manifest(storage, KIND, version):
-        _log.info("features %s are there already", version)
-        return version
+    settings = [model.image_encoder, model.text_encoder, model.max_tokens, model.pooling, train.views, train.seed]
+    fingerprint = versions.fingerprint(versions.fingerprint_of(samples), *settings)
+    if done := versions.find(storage, KIND, fingerprint):
+        _log.info("features %s are there already", done["version"])
+        return done["version"]
+    version = versions.new_version(fingerprint)
     folder = f"{KIND}/{version}"
-    storage.delete(folder)
     with tempfile.TemporaryDirectory() as scratch:
         export_encoders(MixerModel(model), Path(scratch))
         versions.upload(storage, Path(scratch), f"{folder}/encoders")
