@@ -19,8 +19,10 @@ from mixer_platform.errors import InputError
 from mixer_platform.schema import Table, broken_rows, check_attributes, check_schema, conform
 from mixer_platform.storage import LocalStorage, Storage, open_storage, resolve_uri
 
-REASON = "__reason"
-RAW = "__raw"
+REASON = "__reason"  # why a row is not used, null if it is
+RAW = "__raw"  # a row that is broken by itself, as JSON
+IMAGE = "__image"  # the picture's absolute URI
+OTHERS = "__others"  # the columns that the contract does not know, as JSON: only quarantine needs them
 _LINES_TOGETHER = 8192
 _ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
 
@@ -65,9 +67,9 @@ def find_file(path: str, table: Table) -> InputFiles:
 
 
 def read_input(files: InputFiles) -> ray.data.Dataset:
-    """Return the rows with the contract's columns plus REASON (null: sound) and RAW (JSON of a broken row).
+    """Return the rows with the contract's columns plus REASON and RAW.
 
-    The picture column `image`, where the table has one, is resolved to an absolute URI.
+    IMAGE is beside the picture column `image`, where the table has one; OTHERS is there where no attributes are kept.
     """
     if files.ending == ".parquet":
         rows = ray.data.read_parquet(files.paths, filesystem=files.storage.filesystem, partitioning=None)
@@ -109,14 +111,27 @@ def mark_rows(batch: pa.Table, table: Table, root: str, to_table=None) -> pa.Tab
         for row, reason in enumerate(reasons.to_pylist())
     ]
     if "image" in sound.column_names:
-        column = sound.column_names.index("image")
         uris = [resolve_uri(uri, root) if uri else None for uri in sound["image"].to_pylist()]
-        sound = sound.set_column(column, "image", pa.array(uris, pa.string()))
+        sound = sound.append_column(IMAGE, pa.array(uris, pa.string()))
+    if not table.keep_others:
+        sound = sound.append_column(OTHERS, _others(batch, table) if lines is None else lines[OTHERS])
     return sound.append_column(REASON, reasons).append_column(RAW, pa.array(raw, pa.string()))
 
 
 def _row_as_json(batch: pa.Table, row: int) -> str:
     return json.dumps(batch.slice(row, 1).to_pylist()[0], default=str)
+
+
+def unmarked(batch: pa.Table) -> pa.Table:
+    """Return the rows without the columns that were put beside the table's own."""
+    return batch.drop_columns([name for name in (REASON, RAW, IMAGE, OTHERS) if name in batch.column_names])
+
+
+def _others(batch: pa.Table, table: Table) -> pa.Array:
+    unknown = [name for name in batch.column_names if name not in table.columns.names]
+    if not unknown:
+        return pa.nulls(batch.num_rows, pa.string())
+    return pa.array([json.dumps(row, default=str) for row in batch.select(unknown).to_pylist()], pa.string())
 
 
 def _parse_lines(batch: pa.Table, table: Table) -> tuple[pa.Table, pa.Table]:
@@ -145,7 +160,10 @@ def _parse_lines(batch: pa.Table, table: Table) -> tuple[pa.Table, pa.Table]:
         columns[name] = _json_column(
             [value if fits else None for value, fits in zip(values, fitting, strict=True)], wanted
         )
-    return pa.table(columns), pa.table({REASON: pa.array(reasons, pa.string()), RAW: pa.array(raw, pa.string())})
+    unknown = [{name: value for name, value in (row or {}).items() if name not in names} for row in rows]
+    others = [json.dumps(more) if more else None for more in unknown]
+    kept = {REASON: reasons, RAW: raw, OTHERS: others}
+    return pa.table(columns), pa.table({name: pa.array(texts, pa.string()) for name, texts in kept.items()})
 
 
 def _json_object(line: bytes) -> dict[str, Any] | None:

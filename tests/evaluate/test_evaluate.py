@@ -25,11 +25,11 @@ def test_measure_by_hand() -> None:
 def test_a_right_item_is_framed_and_a_missing_picture_is_no_crash(tmp_path: Path) -> None:
     picture = tmp_path / "p.png"
     Image.new("RGB", (64, 64), "blue").save(picture)
-    items = [(0.9, {"item_id": "a", "title": None, "image": str(picture)}), (0.1, {"item_id": "b"})]
-    found = found_items(items, {"a"})
+    items = [(0.9, {"item_id": "a", "title": None, "image": "p.png"}), (0.1, {"item_id": "b"})]
+    found = found_items(items, {"a"}, str(tmp_path))
     assert found == [Found(str(picture), "a", 0.9, True), Found(None, "b", 0.1, False)]
     framed = Image.open(io.BytesIO(draw_sheet([(str(picture), found)])))
-    plain = Image.open(io.BytesIO(draw_sheet([(str(picture), found_items(items, set()))])))
+    plain = Image.open(io.BytesIO(draw_sheet([(str(picture), found_items(items, set(), str(tmp_path)))])))
     green = (0x17, 0x86, 0x4A)
     assert green in {color for _, color in framed.getcolors(1 << 20)}
     assert green not in {color for _, color in plain.getcolors(1 << 20)}

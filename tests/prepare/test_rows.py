@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from mixer_platform.inputs import RAW, REASON
+from mixer_platform.inputs import IMAGE, OTHERS, RAW, REASON
 from mixer_platform.prepare import rows
 from mixer_platform.prepare.job import _states
 
@@ -86,7 +86,7 @@ def test_pictures(tmp_path: Path) -> None:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     uris = [None, *(str(tmp_path / name) for name in [*files, "none"]), str(tmp_path / "none")]
-    found = rows.mark_pictures(marked([None] * 7 + ["broken"], image=uris), min_side=8)[REASON].to_pylist()
+    found = rows.mark_pictures(marked([None] * 7 + ["broken"], **{IMAGE: uris}), min_side=8)[REASON].to_pylist()
     assert found[2].startswith("broken picture")
     assert found[:2] + found[3:] == [
         None, None, "picture of 4 x 4 pixels; each side needs 8", "not a JPEG, PNG or WebP picture",
@@ -105,3 +105,9 @@ def test_quarantine_and_sound_rows_part() -> None:
     assert json.loads(kept["raw"][0].as_py()) == {"key": "b", "added": "1970-01-01 00:00:02"}
     assert kept["raw"][1].as_py() == "as it came"
     assert rows.sound(batch).to_pylist() == batch.slice(0, 1).drop_columns([REASON, RAW]).to_pylist()
+
+
+def test_quarantine_shows_the_row_and_samples_the_picture() -> None:
+    batch = marked([None, "x"], image=["p/a", "p/b"], **{IMAGE: ["/d/p/a", "/d/p/b"], OTHERS: [None, '{"lens": 3}']})
+    assert rows.sound(batch).to_pylist() == [{"image": "/d/p/a"}]
+    assert json.loads(rows.quarantined(batch, "queries")["raw"][0].as_py()) == {"image": "p/b", "lens": 3}

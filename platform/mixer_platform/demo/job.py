@@ -27,7 +27,7 @@ from mixer_platform.evaluate.job import find_truth
 from mixer_platform.loopback import open_url
 from mixer_platform.simulate.emoji import fetch
 from mixer_platform.simulate.job import drawings_beside
-from mixer_platform.storage import read_uri
+from mixer_platform.storage import read_uri, resolve_uri
 
 CONFIG, CONFIG_OF_YOUR_OWN = "jobs/configs/demo.yaml", "jobs/configs/local.yaml"
 _SHOWN_ROWS, _SHOWN_ITEMS = 8, 5
@@ -89,7 +89,7 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
             seconds["query"] = time.monotonic() - began
         job_seconds = time.monotonic() - started
     sheet = workspace / "contact_sheet.png"
-    sheet.write_bytes(draw_sheet(sheet_rows(questions[:_SHOWN_ROWS], replies[:_SHOWN_ROWS])))
+    sheet.write_bytes(draw_sheet(sheet_rows(questions[:_SHOWN_ROWS], replies[:_SHOWN_ROWS], data)))
 
     trained, p50 = reports["evaluate"], float(np.median(latencies))
     print(table(trained, seconds, reports, p50, len(questions)))
@@ -127,13 +127,18 @@ def ask(url: str, questions: Sequence[dict[str, Any]]) -> tuple[list[dict[str, A
     return replies[1:], latencies[1:]
 
 
-def sheet_rows(questions: Sequence[dict], replies: Sequence[dict]) -> list[tuple[str, list[Found]]]:
+def sheet_rows(questions: Sequence[dict], replies: Sequence[dict], data: Path) -> list[tuple[str, list[Found]]]:
     """Return the rows of the contact sheet: what the service replied, judged by what is known."""
+
+    def picture(item: dict[str, Any]) -> str | None:
+        image = item["attributes"].get("image")
+        return resolve_uri(image, str(data)) if image else None
+
     rows = []
     for question, reply in zip(questions, replies, strict=True):
         relevant = set(question["relevant_item_ids"])
         found = [
-            Found(item["attributes"].get("image"), item["title"] or item["id"], item["score"], item["id"] in relevant)
+            Found(picture(item), item["title"] or item["id"], item["score"], item["id"] in relevant)
             for item in reply["items"]
         ]
         rows.append((question["image"], found))

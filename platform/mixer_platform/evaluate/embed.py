@@ -17,7 +17,7 @@ from mixer.embedder import ImageFeatures, QueryEmbedder
 from mixer.images import UnreadableImage, decode
 from mixer_platform import versions
 from mixer_platform.errors import MissingError
-from mixer_platform.inputs import REASON
+from mixer_platform.inputs import IMAGE, REASON
 from mixer_platform.storage import Storage, open_storage, read_uri
 
 PHOTO, ITEM = "photo", "item"
@@ -34,7 +34,7 @@ def picture_rows(batch: pa.Table, kind: str) -> pa.Table:
     if kind == ITEM:
         batch = batch.filter(pc.is_null(batch[REASON]))
     relevant = batch["relevant_item_ids"] if kind == PHOTO else pa.nulls(len(batch))
-    pictures = pc.if_else(pc.is_null(batch[REASON]), batch["image"], None)
+    pictures = pc.if_else(pc.is_null(batch[REASON]), batch[IMAGE], None)
     columns = [pa.array([kind] * len(batch), pa.string()), batch[0], pictures, relevant]
     return pa.table(columns, names=_ROWS.names).cast(_ROWS)
 

@@ -27,7 +27,7 @@ from mixer_platform.evaluate.embed import ITEM, PHOTO, PhotoWorker, export_untra
 from mixer_platform.gallery import MISSING, IndexManifest, Shard, merge_top_k, read_manifest
 from mixer_platform.inputs import InputFiles, find_file, find_input, read_input
 from mixer_platform.schema import ITEMS, TRUTH, Table
-from mixer_platform.storage import Storage, open_storage
+from mixer_platform.storage import Storage, open_storage, resolve_uri
 
 KIND = "reports"
 _NDCG_K = 10
@@ -158,14 +158,19 @@ def _untrained_ranking(asked: pa.Table, items: pa.Table, depth: int) -> list[lis
 def _sheet(asked: pa.Table, results: list, relevant: list[set[str]], config: RunConfig) -> bytes:
     rng = np.random.default_rng(config.evaluate.seed)
     chosen = np.sort(rng.permutation(len(asked))[: config.evaluate.contact_sheet])
-    photos = asked["image"].to_pylist()
-    return draw_sheet([(photos[row], found_items(results[row][:5], relevant[row])) for row in chosen.tolist()])
+    photos, root = asked["image"].to_pylist(), open_storage(config.data).uri
+    return draw_sheet([(photos[row], found_items(results[row][:5], relevant[row], root)) for row in chosen.tolist()])
 
 
-def found_items(items: list[tuple[float, dict[str, Any]]], relevant: set[str]) -> list[Found]:
-    """Return what a contact sheet shows of search results, given what is right."""
+def found_items(items: list[tuple[float, dict[str, Any]]], relevant: set[str], root: str) -> list[Found]:
+    """Return what a contact sheet shows of search results, given what is right and where the items' pictures are."""
     return [
-        Found(item.get("image"), item.get("title") or item["item_id"], score, item["item_id"] in relevant)
+        Found(
+            resolve_uri(image, root) if (image := item.get("image")) else None,
+            item.get("title") or item["item_id"],
+            score,
+            item["item_id"] in relevant,
+        )
         for score, item in items
     ]
 

@@ -34,7 +34,7 @@ from mixer_platform.index.shards import (
     training_size,
     write_shard,
 )
-from mixer_platform.inputs import REASON, InputFiles, find_input, read_input
+from mixer_platform.inputs import IMAGE, REASON, InputFiles, find_input, read_input
 from mixer_platform.schema import ITEMS, QUERIES
 from mixer_platform.storage import Storage, open_storage, read_uri
 
@@ -232,7 +232,7 @@ def _recall_queries(storage: Storage, model: str, config: RunConfig) -> np.ndarr
             break
         try:
             if row[REASON] is None:
-                pixels.append(embedder.preprocess(decode(read_uri(row["image"]))))
+                pixels.append(embedder.preprocess(decode(read_uri(row[IMAGE]))))
         except (UnreadableImage, StorageError):
             continue
     if not pixels:
