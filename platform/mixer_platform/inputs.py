@@ -75,14 +75,24 @@ def read_input(files: InputFiles) -> ray.data.Dataset:
         rows = ray.data.read_parquet(files.paths, filesystem=files.storage.filesystem, partitioning=None)
         to_table = None
     else:
-        keys = [{"key": key} for key in files.tags]
-        lines = partial(read_lines, storage=files.storage)
-        rows = ray.data.from_items(keys, override_num_blocks=len(keys)).map_batches(
-            lines, batch_format="pyarrow", batch_size=1
-        )
-        to_table = partial(_parse_lines, table=files.table)
+        rows, to_table = _lines(files), partial(_parse_lines, table=files.table)
     mark = partial(mark_rows, table=files.table, root=files.pictures_root, to_table=to_table)
     return rows.map_batches(mark, batch_format="pyarrow", batch_size=None)
+
+
+def count_rows(files: InputFiles) -> int:
+    """Return how many rows the files hold: by Parquet's footers, or by the lines that are not empty."""
+    if files.ending == ".parquet":
+        return sum(pq.read_metadata(path, filesystem=files.storage.filesystem).num_rows for path in files.paths)
+    return _lines(files).count()
+
+
+def _lines(files: InputFiles) -> ray.data.Dataset:
+    keys = [{"key": key} for key in files.tags]
+    lines = partial(read_lines, storage=files.storage)
+    return ray.data.from_items(keys, override_num_blocks=len(keys)).map_batches(
+        lines, batch_format="pyarrow", batch_size=1
+    )
 
 
 def read_lines(keys: pa.Table, storage: Storage) -> Iterator[pa.Table]:

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from ray.data import Dataset
 
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
-from mixer_platform.errors import InputError
+from mixer_platform.errors import InputError, MixerError
 from mixer_platform.prepare.job import SAMPLES, prepare
 from mixer_platform.schema import LOGS, QUERIES
 
@@ -312,7 +313,28 @@ def test_no_logs_is_one_sentence(tmp_path: Path) -> None:
 
 def test_logs_without_a_usable_click_are_one_sentence(tmp_path: Path) -> None:
     tables = sound_tables(tmp_path / "data")
-    tables["logs"] = [event("q1", "i1", "impression"), event("unheard of", "i1", "click"), event("q1", "i1", "buy")]
+    tables["queries"].append({"query_id": "far", "image": "https://shop/q.jpg", "lens": 0})
+    tables["logs"] = [event("q1", "i1", "impression"), event("unheard of", "i1", "click")]
+    tables["logs"] += [event("far", "i1", "click") for _ in range(2)] + [event("q1", "i1", "buy") for _ in range(3)]
     write_parquet(tables, tmp_path / "data")
-    with pytest.raises(InputError, match=r"logs: no usable click; see the reasons in quarantine and mend the logs$"):
+    with pytest.raises(InputError) as error:
         prepare(run_config(tmp_path, partitions=1))
+    assert str(error.value).endswith(
+        "data/logs: no usable click, mend the logs (3 × event is unknown; 2 × query_id is in quarantine: "
+        "picture cannot be read: only folders and s3://bucket/prefix are read and written; 1 × query_id is unknown)"
+    )
+
+
+def test_rows_that_a_join_loses_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = sound_tables(tmp_path / "data")
+    tables["logs"].append(event("unheard of", "i1", "click"))
+    write_parquet(tables, tmp_path / "data")
+    join = Dataset.join
+    monkeypatch.setattr(
+        Dataset, "join", lambda self, other, kind, *rest, **more: join(self, other, "inner", *rest, **more)
+    )
+    with pytest.raises(
+        MixerError, match=r"data/logs: 161 rows were read, but 160 are used or in quarantine; nothing is"
+    ):
+        prepare(run_config(tmp_path, partitions=1))
+    assert not list((tmp_path / "workspace").glob("**/manifest.json"))

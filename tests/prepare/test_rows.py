@@ -45,7 +45,7 @@ def test_missing_keys_are_no_repeats_of_each_other() -> None:
 def test_references_are_sound_unknown_or_in_quarantine() -> None:
     batch = marked([None, None, None, "broken"], key=["a", "b", "c", "d"], state=["", None, "picture", None])
     found = rows.mark_references(batch, "key", "state")
-    assert found[REASON].to_pylist() == [None, "key is unknown", "key is in quarantine", "broken"]
+    assert found[REASON].to_pylist() == [None, "key is unknown", "key is in quarantine: picture", "broken"]
     assert found.column_names == ["key", REASON, RAW]
 
 
@@ -90,8 +90,14 @@ def test_pictures(tmp_path: Path) -> None:
     assert found[2].startswith("broken picture")
     assert found[:2] + found[3:] == [
         None, None, "picture of 4 x 4 pixels; each side needs 8", "not a JPEG, PNG or WebP picture",
-        "not a JPEG, PNG or WebP picture", "picture cannot be read", "broken",
+        "not a JPEG, PNG or WebP picture", "picture cannot be read: No such file or directory", "broken",
     ]  # fmt: skip
+
+
+def test_a_picture_behind_another_scheme_is_told() -> None:
+    batch = marked(**{IMAGE: ["https://shop/a/1.jpg", "https://shop/b/2.jpg"]})
+    said = "picture cannot be read: only folders and s3://bucket/prefix are read and written"
+    assert rows.mark_pictures(batch, min_side=8)[REASON].to_pylist() == [said, said]
 
 
 def test_quarantine_and_sound_rows_part() -> None:

@@ -31,11 +31,13 @@ def mark_repeats(batch: pa.Table, key: str) -> pa.Table:
 def mark_references(batch: pa.Table, key: str, state: str) -> pa.Table:
     """Mark sound rows by what a join said of the row that `key` names, and drop the column `state`.
 
+    The reason tells the other row's reason too.
     `state` is null where nothing was found, empty where the row is sound, else the reason why it is not.
     """
     found = batch[state]
     batch = mark(batch, pc.is_null(found), f"{key} is unknown")
-    batch = mark(batch, pc.not_equal(found, ""), f"{key} is in quarantine")
+    because = pc.binary_join_element_wise(f"{key} is in quarantine", pc.cast(found, pa.string()), ": ")
+    batch = mark(batch, pc.not_equal(found, ""), because)
     return batch.drop_columns(state)
 
 
@@ -61,8 +63,8 @@ def mark_pictures(batch: pa.Table, min_side: int) -> pa.Table:
     return _set_reason(batch, pc.coalesce(batch[REASON], reasons))
 
 
-def mark(batch: pa.Table, bad: pa.Array | pa.ChunkedArray, reason: str) -> pa.Table:
-    """Give `reason` to the rows that are `bad` (null counts as not) and have none yet."""
+def mark(batch: pa.Table, bad: pa.Array | pa.ChunkedArray, reason: str | pa.ChunkedArray) -> pa.Table:
+    """Give `reason`, or each its own, to the rows that are `bad` (null counts as not) and have none yet."""
     first = pc.and_(pc.is_null(batch[REASON]), pc.fill_null(bad, False))
     return _set_reason(batch, pc.if_else(first, reason, pc.cast(batch[REASON], pa.string())))
 
@@ -94,8 +96,9 @@ def _picture_fault(uri: str | None, min_side: int) -> str | None:
         return None
     try:
         decode(read_uri(uri), min_side)
-    except MissingError:
-        return "picture cannot be read"
+    except MissingError as error:
+        why = str(error).rpartition(": ")[2]  # without the address, so that equal faults are counted together
+        return f"picture cannot be read: {why}"
     except UnreadableImage as error:
         return str(error)
     return None
