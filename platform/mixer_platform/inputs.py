@@ -71,28 +71,35 @@ def read_input(files: InputFiles) -> ray.data.Dataset:
 
     IMAGE is beside the picture column `image`, where the table has one; OTHERS is there where no attributes are kept.
     """
-    if files.ending == ".parquet":
-        rows = ray.data.read_parquet(files.paths, filesystem=files.storage.filesystem, partitioning=None)
-        to_table = None
-    else:
-        rows, to_table = _lines(files), partial(_parse_lines, table=files.table)
+    to_table = None if files.ending == ".parquet" else partial(_parse_lines, table=files.table)
     mark = partial(mark_rows, table=files.table, root=files.pictures_root, to_table=to_table)
-    return rows.map_batches(mark, batch_format="pyarrow", batch_size=None)
+    return _read(files).map_batches(mark, batch_format="pyarrow", batch_size=None)
 
 
 def count_rows(files: InputFiles) -> int:
     """Return how many rows the files hold: by Parquet's footers, or by the lines that are not empty."""
     if files.ending == ".parquet":
         return sum(pq.read_metadata(path, filesystem=files.storage.filesystem).num_rows for path in files.paths)
-    return _lines(files).count()
+    return _read(files).count()
 
 
-def _lines(files: InputFiles) -> ray.data.Dataset:
+def _read(files: InputFiles) -> ray.data.Dataset:
     keys = [{"key": key} for key in files.tags]
-    lines = partial(read_lines, storage=files.storage)
+    read = partial(read_parquet if files.ending == ".parquet" else read_lines, storage=files.storage)
     return ray.data.from_items(keys, override_num_blocks=len(keys)).map_batches(
-        lines, batch_format="pyarrow", batch_size=1
+        read, batch_format="pyarrow", batch_size=1
     )
+
+
+def read_parquet(keys: pa.Table, storage: Storage) -> Iterator[pa.Table]:
+    """Yield the rows of Parquet files. Raises InputError for a file that is broken behind its footer."""
+    for key in keys["key"].to_pylist():
+        try:
+            with pq.ParquetFile(storage.path(key), filesystem=storage.filesystem, pre_buffer=True) as file:
+                for batch in file.iter_batches():
+                    yield pa.Table.from_batches([batch])
+        except (pa.ArrowException, OSError) as error:
+            raise _not_whole(f"{storage.uri}/{key}", "Parquet file", error) from error
 
 
 def read_lines(keys: pa.Table, storage: Storage) -> Iterator[pa.Table]:
@@ -104,7 +111,7 @@ def read_lines(keys: pa.Table, storage: Storage) -> Iterator[pa.Table]:
                 while some := list(itertools.islice(lines, _LINES_TOGETHER)):
                     yield pa.table({"line": pa.array(some, pa.binary())})
         except OSError as error:
-            raise InputError(f"{storage.uri}/{key}: not a whole file ({_first_line(error)}); write it again") from error
+            raise _not_whole(f"{storage.uri}/{key}", "file", error) from error
 
 
 def mark_rows(batch: pa.Table, table: Table, root: str, to_table=None) -> pa.Table:  # type: ignore[no-untyped-def]
@@ -228,9 +235,10 @@ def _check_parquet(files: InputFiles, key: str) -> None:
     try:
         footer = pq.read_schema(files.storage.path(key), filesystem=files.storage.filesystem)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{source}: not a whole Parquet file ({_first_line(error)}); write it again") from error
+        raise _not_whole(source, "Parquet file", error) from error
     check_schema(footer, files.table, source)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+def _not_whole(source: str, kind: str, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    return InputError(f"{source}: not a whole {kind} ({reason}); write it again")

@@ -12,7 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixer_platform.errors import InputError
-from mixer_platform.inputs import IMAGE, OTHERS, RAW, REASON, find_file, find_input, mark_rows, read_input, read_lines
+from mixer_platform.inputs import (
+    IMAGE,
+    OTHERS,
+    RAW,
+    REASON,
+    count_rows,
+    find_file,
+    find_input,
+    mark_rows,
+    read_input,
+    read_lines,
+    read_parquet,
+)
 from mixer_platform.inputs import _parse_lines as parse_lines
 from mixer_platform.schema import ITEMS, LOGS, QUERIES, TRUTH
 
@@ -59,6 +71,23 @@ def test_mixed_endings(tmp_path: Path) -> None:
     write_queries(tmp_path / "queries.jsonl")
     write_queries(tmp_path / "queries.jsonl.gz")
     assert said(tmp_path) == "DATA/queries: mixes .jsonl and .jsonl.gz; keep one kind of file a table"
+
+
+def test_a_parquet_file_with_a_broken_page_is_named(tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries.parquet", [{"query_id": f"q{n}", "image": f"{n**9}.png"} for n in range(2000)])
+    data = bytearray((tmp_path / "queries.parquet").read_bytes())
+    data[1000:2000] = b"\xff" * 1000
+    (tmp_path / "queries.parquet").write_bytes(data)
+    files = find_input(str(tmp_path), QUERIES)
+    with pytest.raises(InputError, match=r"queries\.parquet: not a whole Parquet file \(.*\); write it again"):
+        list(read_parquet(pa.table({"key": list(files.tags)}), files.storage))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("name", ["queries.parquet", "queries.jsonl.gz"])
+def test_rows_are_counted_as_they_lie(tmp_path: Path, name: str) -> None:
+    write_queries(tmp_path / name)
+    assert count_rows(find_input(str(tmp_path), QUERIES)) == len(QUERY_ROWS)
 
 
 def test_a_truncated_parquet_file_is_named(tmp_path: Path) -> None:

@@ -20,13 +20,14 @@ from mixer.config import ModelConfig
 from mixer.denoise import neighbour_agreement
 from mixer.embedder import ImageFeatures, TextFeatures
 from mixer.export import export_encoders
-from mixer.images import augment, decode
+from mixer.images import augment
 from mixer.sampling import EpochPlan
 from mixer.towers import MixerModel, Towers
 from mixer.training import Batch
 from mixer_platform import versions
 from mixer_platform.config import TrainConfig
-from mixer_platform.storage import Storage, open_storage, read_uri
+from mixer_platform.storage import Storage, open_storage
+from mixer_platform.train.pictures import read_picture
 
 KIND = "features"
 _BLOCK_ROWS = 64
@@ -71,7 +72,7 @@ class FeatureWorker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
-        pictures = [None if row["image"] is None else decode(read_uri(row["image"])) for row in rows]
+        pictures = [None if row["image"] is None else read_picture(row["image"]) for row in rows]
         views = [self._views(row["sample_id"], picture) for row, picture in zip(rows, pictures, strict=True)]
         items = [row for row in rows if row["kind"] == "item"]
         tokens = self._tokens([row["text"] for row in items])
