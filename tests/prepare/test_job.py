@@ -306,10 +306,11 @@ def test_json_lines_give_what_parquet_gives(run: dict[str, Any], tmp_path: Path)
     assert comparable(tmp_path, report) == comparable(run["folder"], run["report"])
 
 
-def test_no_logs_is_one_sentence(tmp_path: Path) -> None:
-    tables = sound_tables(tmp_path / "data") | {"logs": []}
+@pytest.mark.parametrize("name", ["queries", "logs"])
+def test_a_table_without_rows_is_one_sentence(tmp_path: Path, name: str) -> None:
+    tables = sound_tables(tmp_path / "data") | {name: []}
     write_parquet(tables, tmp_path / "data")
-    with pytest.raises(InputError, match=r"logs: no rows; prepare learns from what people clicked$"):
+    with pytest.raises(InputError, match=rf"{name}: no rows; prepare learns from what people clicked$"):
         prepare(run_config(tmp_path, partitions=1))
     assert not list((tmp_path / "workspace").glob("**/manifest.json"))
 

@@ -58,8 +58,9 @@ def prepare(config: RunConfig) -> dict[str, Any]:
     version = versions.new_version(fingerprint)
     folder = f"{KIND}/{version}"
     rows_in = {table.name: count_rows(files) for table, files in inputs.items()}
-    if not rows_in[LOGS.name]:
-        raise InputError(f"{config.data}/logs: no rows; prepare learns from what people clicked")
+    for name, count in rows_in.items():
+        if not count:
+            raise InputError(f"{config.data}/{name}: no rows; prepare learns from what people clicked")
     ray.data.DataContext.get_current().default_hash_shuffle_parallelism = config.prepare.partitions
 
     items = _checked(read_input(inputs[ITEMS]), "item_id", config)
