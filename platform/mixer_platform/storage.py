@@ -13,11 +13,10 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
 import boto3
 import pyarrow.fs
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 
 from mixer_platform.errors import ConflictError, MissingError, StorageError
 
@@ -61,7 +60,7 @@ def open_storage(uri: str) -> Storage:
     if uri.startswith("s3://"):
         return S3Storage(uri)
     if _SCHEME.match(uri):
-        raise MissingError(f"{uri}: only folders and s3://bucket/prefix are read and written")
+        raise _not_read(uri)
     return LocalStorage(uri)
 
 
@@ -73,8 +72,10 @@ def read_uri(uri: str) -> bytes:
     if not _SCHEME.match(uri):
         root, key = os.path.split(uri)
         return LocalStorage(root).read(key)
-    root, _, key = uri.rpartition("/")
-    return _open_cached(root).read(key)
+    if not uri.startswith("s3://"):
+        raise _not_read(uri)
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return _bucket(bucket).read(key)
 
 
 def resolve_uri(uri: str, root: str) -> str:
@@ -82,9 +83,9 @@ def resolve_uri(uri: str, root: str) -> str:
     return uri if _SCHEME.match(uri) or uri.startswith("/") else f"{root.rstrip('/')}/{uri}"
 
 
-@lru_cache(maxsize=256)
-def _open_cached(uri: str) -> Storage:
-    return S3Storage(uri, check=False) if uri.startswith("s3://") else open_storage(uri)
+@lru_cache(maxsize=16)  # a client takes a while to make; pictures lie in many folders, but in few buckets
+def _bucket(name: str) -> Storage:
+    return S3Storage(f"s3://{name}", check=False)
 
 
 class LocalStorage:
@@ -168,8 +169,8 @@ class S3Storage:
     """A workspace under `s3://bucket/prefix`; endpoint, region and credentials are found the standard AWS way."""
 
     def __init__(self, uri: str, check: bool = True) -> None:
-        parts = urlsplit(uri)
-        self.bucket, self.prefix = parts.netloc, parts.path.strip("/")
+        self.bucket, _, prefix = uri.removeprefix("s3://").partition("/")  # urlsplit would cut it at a # or ?
+        self.prefix = prefix.strip("/")
         self.uri = uri.rstrip("/")
         self._connect()
         if check:
@@ -257,12 +258,18 @@ class S3Storage:
             yield
         except (ClientError, BotoCoreError) as error:
             kind = MissingError if _is_missing(error) else StorageError
-            raise kind(f"{self.uri}/{key}: {error}") from error
+            raise kind(f"{self.uri}/{key}: {' '.join(str(error).split())}") from error
 
 
 def _is_missing(error: Exception) -> bool:
+    if isinstance(error, ParamValidationError):  # no bucket or key can have this name
+        return True
     code = error.response["Error"]["Code"] if isinstance(error, ClientError) else None
     return code in {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
+
+
+def _not_read(uri: str) -> MissingError:
+    return MissingError(f"{uri}: only folders and s3://bucket/prefix are read and written")
 
 
 def _file_tag(path: Path) -> str:

@@ -77,11 +77,17 @@ def require(storage: Storage, kind: str, version: str) -> dict[str, Any]:
     return found
 
 
-def fetch(storage: Storage, prefix: str, destination: str | Path) -> Path:
-    """Return a local folder with the files below `prefix`: the folder itself, or a copy under `destination`."""
+def fetch(storage: Storage, prefix: str, destination: str | Path, names: Iterable[str] = ("",)) -> Path:
+    """Return a local folder with the files below `prefix`: the folder itself, or a copy under `destination`.
+
+    Only what begins with one of `names` is copied; default: everything.
+    """
     if isinstance(storage, LocalStorage):
         return Path(storage.path(prefix))
+    wanted = tuple(f"{prefix}/{name}" for name in names)
     for key in storage.list(prefix):
+        if not key.startswith(wanted):
+            continue
         target = Path(destination) / key
         if not target.exists():
             LocalStorage(str(target.parent)).write(target.name, storage.read(key))

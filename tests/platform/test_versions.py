@@ -85,4 +85,6 @@ def test_folders_travel(storage: Storage, tmp_path: Path) -> None:
     found = versions.fetch(storage, "models/v1", tmp_path / "copy")
     assert (found / "a").read_bytes() == b"1"
     assert (found / "sub/b").read_bytes() == b"2"
+    some = versions.fetch(storage, "models/v1", tmp_path / "some", ("sub", "none"))
+    assert isinstance(storage, LocalStorage) or [path.name for path in some.iterdir()] == ["sub"]
     assert (tmp_path / "copy").exists() != isinstance(storage, LocalStorage), "a folder is used where it is"

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from mixer.config import ModelConfig
-from mixer.embedder import ImageFeatures, QueryEmbedder
+from mixer.embedder import QUERY_GRAPH, SETTINGS, ImageFeatures, QueryEmbedder
 from mixer.images import UnreadableImage, decode
 from mixer_platform import versions
 from mixer_platform.errors import MissingError
@@ -47,7 +47,8 @@ class PhotoWorker:
         storage = open_storage(uri)
         self.pooling = pooling
         with tempfile.TemporaryDirectory() as scratch:
-            self.model = QueryEmbedder(versions.fetch(storage, f"models/{model}", scratch))
+            names = (QUERY_GRAPH, SETTINGS)
+            self.model = QueryEmbedder(versions.fetch(storage, f"models/{model}", scratch, names))
             self.encoder = ImageFeatures(versions.fetch(storage, encoder, scratch)) if encoder else None
         self.threads = ThreadPoolExecutor(4)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mixer.embedder import ItemEmbedder, item_text
+from mixer.embedder import ITEM_GRAPH, SETTINGS, TOKENIZER, ItemEmbedder, item_text
 from mixer.images import UnreadableImage, decode
 from mixer_platform import versions
 from mixer_platform.errors import MissingError
@@ -27,7 +27,8 @@ class ItemWorker:
     def __init__(self, uri: str, model: str) -> None:
         self.model = model
         with tempfile.TemporaryDirectory() as scratch:
-            self.embedder = ItemEmbedder(versions.fetch(open_storage(uri), f"models/{model}", scratch))
+            names = (ITEM_GRAPH, SETTINGS, TOKENIZER)
+            self.embedder = ItemEmbedder(versions.fetch(open_storage(uri), f"models/{model}", scratch, names))
         self.threads = ThreadPoolExecutor(4)
 
     def __call__(self, batch: pa.Table) -> pa.Table:

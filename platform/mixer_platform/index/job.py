@@ -18,7 +18,7 @@ import pyarrow.dataset
 import ray
 import ray.data
 
-from mixer.embedder import QueryEmbedder
+from mixer.embedder import QUERY_GRAPH, SETTINGS, QueryEmbedder
 from mixer.images import UnreadableImage, decode
 from mixer.metrics import recall_of_neighbours
 from mixer_platform import versions
@@ -224,7 +224,8 @@ def _sample(storage: Storage, version: str, size: int) -> np.ndarray:
 def _recall_queries(storage: Storage, model: str, config: RunConfig) -> np.ndarray:
     """Embed some of the shop's query photos, float32 [n, dim]: recall is measured on what people will ask."""
     with tempfile.TemporaryDirectory() as scratch:
-        embedder = QueryEmbedder(versions.fetch(storage, f"models/{model}", scratch))
+        names = (QUERY_GRAPH, SETTINGS)
+        embedder = QueryEmbedder(versions.fetch(storage, f"models/{model}", scratch, names))
     pixels: list[np.ndarray] = []
     rows = read_input(find_input(config.data, QUERIES)).iter_rows()
     for row in itertools.islice(rows, 4 * config.index.recall_queries):
