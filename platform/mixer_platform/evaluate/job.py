@@ -79,12 +79,17 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         "seed": config.evaluate.seed,
         "seconds": round(time.monotonic() - started, 2),
     }
-    sheet = _sheet(asked, results, relevant, config)
-    files = {"parquet": _photo_table(asked), "png": sheet, "json": versions.to_json(report)}  # what shows it comes last
+    return publish_report(storage, report, _photo_table(asked), _sheet(asked, results, relevant, config))
+
+
+def publish_report(storage: Storage, report: dict[str, Any], photos: bytes, sheet: bytes) -> dict[str, Any]:
+    """Write a report's files and return it, or the equal one that another run published meanwhile."""
+    address = f"{KIND}/{report['version']}"
+    files = {"parquet": photos, "png": sheet, "json": versions.to_json(report)}  # what shows the others comes last
     for ending, content in files.items():
-        with suppress(ConflictError):  # an equal report, made at the same time
-            storage.publish(f"{KIND}/{version}.{ending}", content, replaces=None)
-    return versions.read_json(storage, f"{KIND}/{version}.json")
+        with suppress(ConflictError):
+            storage.publish(f"{address}.{ending}", content, replaces=None)
+    return versions.read_json(storage, f"{address}.json")
 
 
 def find_truth(config: RunConfig) -> InputFiles:
