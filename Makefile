@@ -8,7 +8,7 @@ DATA ?=
 
 demo:
 	@began=$$(date +%s); $(MAKE) --no-print-directory setup && \
-	$(VENV)/bin/python jobs/demo.py --setup-seconds $$(($$(date +%s) - began)) $(if $(DATA),--data $(DATA))
+	$(VENV)/bin/python jobs/demo.py --setup-seconds $$(($$(date +%s) - began)) $(if $(DATA),--data '$(DATA)')
 
 test: setup
 	$(VENV)/bin/python -m pytest

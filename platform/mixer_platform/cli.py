@@ -1,4 +1,4 @@
-"""What every job shares: arguments, one clear sentence on failure, and the report as the last line of stdout."""
+"""What every job shares: arguments, one clear sentence on failure, and the report alone on stdout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import ray
-from ray.exceptions import RayError
+from ray._private.utils import get_ray_address_file, read_ray_address  # private, but Ray has no other way to ask
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError, RayError
 
 from mixer_platform.config import RunConfig, load_config
 from mixer_platform.errors import MixerError
@@ -21,12 +23,15 @@ from mixer_platform.errors import MixerError
 def main(job: Callable[[RunConfig], Mapping[str, Any]], description: str | None, on_ray: bool = True) -> RunConfig:
     """Parse the command line, connect to Ray, run `job`, print its report as one JSON object; return the configuration.
 
-    Exit status: 0 done, 1 a MixerError, 2 a wrong configuration.
+    Whatever else is printed, also after this returns, goes to stderr. Exit status: 0 done, 1 a MixerError, 2 a wrong
+    configuration.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", required=True, help="YAML of the run, such as jobs/configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.epochs=3")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
+    # For good: Ray prints what its workers said whenever it arrives, also after the report.
+    stdout, sys.stdout = sys.stdout, sys.stderr
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         config = load_config(arguments.config, arguments.overrides)
@@ -38,28 +43,38 @@ def main(job: Callable[[RunConfig], Mapping[str, Any]], description: str | None,
         if cause is None:
             raise
         fail(cause)
-    print(json.dumps(report), flush=True)
+    print(json.dumps(report), file=stdout, flush=True)
     return config
 
 
 def connect() -> None:
-    """Join the Ray cluster of this machine or of RAY_ADDRESS; start one on this machine if there is none.
+    """Join the Ray cluster of RAY_ADDRESS or of this machine; start one on this machine if there is none.
 
-    Raises MixerError if the cluster of RAY_ADDRESS cannot be joined.
+    Raises MixerError if the cluster that RAY_ADDRESS or `ray start` named cannot be joined.
     """
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "")
+    place, mend = f"RAY_ADDRESS={address}", "mend or unset it"
+    if address in ("", "auto"):  # Ray then goes where the last `ray start` of this machine was
+        address = read_ray_address() or ""
+        place, mend = f"{get_ray_address_file(None)} names {address}", "run `ray stop` or delete that file"
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         if host and port.isdigit():  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=10).close()
+            if not address.startswith("ray://"):
+                GcsClient(address=address)  # refused for want of a token, it says so
         ray.init(logging_level=logging.WARNING, log_to_driver=True)
+    except AuthenticationError as error:
+        raise MixerError(
+            f"{place}: the Ray cluster there asks for its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        ) from error
     except (OSError, RuntimeError, ValueError) as error:
         if not address:
             raise
         reason = str(error).strip().splitlines()[0]
-        raise MixerError(f"RAY_ADDRESS={address}: no Ray cluster answers there ({reason}); mend or unset it") from error
+        raise MixerError(f"{place}: no Ray cluster answers there ({reason}); {mend}") from error
 
 
 def fail(error: MixerError) -> NoReturn:

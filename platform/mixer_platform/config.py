@@ -18,6 +18,9 @@ from mixer.labeling import LabelingConfig
 from mixer_platform.errors import ConfigError
 from mixer_platform.simulate.config import SimulateConfig
 
+_TEXT: tuple[Any, ...] = (str, str | None)
+_NULLS = ("null", "Null", "NULL", "~")
+
 
 class Section(BaseModel):
     """A part of the configuration: frozen, and unknown keys are errors."""
@@ -125,7 +128,7 @@ class RunConfig(Section):
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the YAML at `path`, apply `key=value` overrides (dotted keys, YAML values) and validate.
+    """Read the YAML at `path`, apply `key=value` overrides (dotted keys, YAML values, texts as typed) and validate.
 
     Raises ConfigError.
     """
@@ -154,6 +157,11 @@ def _override(tree: dict[str, Any], text: str) -> str:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise ConfigError(f"command line: {key}: {parent} is a value, not a section")
+    wanted = _annotation(key.split("."))
+    if wanted in _TEXT:  # a folder may be called 2024, or hold a #
+        absent = not value or (value in _NULLS and wanted is not str)
+        tree[leaf] = None if absent else value
+        return key
     try:
         tree[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as error:
@@ -164,23 +172,27 @@ def _override(tree: dict[str, Any], text: str) -> str:
 def _sentence(error: ValidationError, path: str, overridden: set[str]) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
-    place = "command line" if key in overridden else path
+    above = {f"{name}." for name in overridden}
+    # What a section checks as a whole is the command line's if a part of it is.
+    within = first["type"] == "value_error" and any(name.startswith(f"{key}.") for name in above)
+    place = "command line" if within or f"{key}.".startswith(tuple(above)) else path
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
+        known = sorted(_annotation(first["loc"][:-1]).model_fields)
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
         return f"{place}: {key}: unknown key; {hint}"
     if first["type"] == "missing":
         return f"{place}: {key}: missing; give it in the file or as {key}=VALUE"
     if first["type"] == "value_error":
-        within = any(name == key or name.startswith(f"{key}.") for name in overridden)
-        return f"{'command line' if within else path}: {key}: {first['ctx']['error']}"
+        return f"{place}: {key}: {first['ctx']['error']}"
     expected = first["msg"].removeprefix("Input should be ")
     return f"{place}: {key}: expected {expected}, found {first['input']!r}"
 
 
-def _known_keys(section: tuple[int | str, ...]) -> list[str]:
-    model: Any = RunConfig
-    for part in section:
-        model = model.model_fields[part].annotation
-    return sorted(model.model_fields)
+def _annotation(key: Sequence[int | str]) -> Any:
+    """Return the type of a section or a value, None if there is no such key."""
+    found: Any = RunConfig
+    for part in key:
+        field = getattr(found, "model_fields", {}).get(part)
+        found = field.annotation if field else None
+    return found

@@ -19,8 +19,10 @@ from mixer_platform.errors import InputError
 from mixer_platform.schema import Table, broken_rows, check_attributes, check_schema, conform
 from mixer_platform.storage import LocalStorage, Storage, open_storage, resolve_uri
 
-REASON = "__reason"
-RAW = "__raw"
+REASON = "__reason"  # why a row is not used, null if it is
+RAW = "__raw"  # a row that is broken by itself, as JSON
+IMAGE = "__image"  # the picture's absolute URI
+OTHERS = "__others"  # the columns that the contract does not know, as JSON: only quarantine needs them
 _LINES_TOGETHER = 8192
 _ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
 
@@ -65,22 +67,39 @@ def find_file(path: str, table: Table) -> InputFiles:
 
 
 def read_input(files: InputFiles) -> ray.data.Dataset:
-    """Return the rows with the contract's columns plus REASON (null: sound) and RAW (JSON of a broken row).
+    """Return the rows with the contract's columns plus REASON and RAW.
 
-    The picture column `image`, where the table has one, is resolved to an absolute URI.
+    IMAGE is beside the picture column `image`, where the table has one; OTHERS is there where no attributes are kept.
     """
-    if files.ending == ".parquet":
-        rows = ray.data.read_parquet(files.paths, filesystem=files.storage.filesystem, partitioning=None)
-        to_table = None
-    else:
-        keys = [{"key": key} for key in files.tags]
-        lines = partial(read_lines, storage=files.storage)
-        rows = ray.data.from_items(keys, override_num_blocks=len(keys)).map_batches(
-            lines, batch_format="pyarrow", batch_size=1
-        )
-        to_table = partial(_parse_lines, table=files.table)
+    to_table = None if files.ending == ".parquet" else partial(_parse_lines, table=files.table)
     mark = partial(mark_rows, table=files.table, root=files.pictures_root, to_table=to_table)
-    return rows.map_batches(mark, batch_format="pyarrow", batch_size=None)
+    return _read(files).map_batches(mark, batch_format="pyarrow", batch_size=None)
+
+
+def count_rows(files: InputFiles) -> int:
+    """Return how many rows the files hold: by Parquet's footers, or by the lines that are not empty."""
+    if files.ending == ".parquet":
+        return sum(pq.read_metadata(path, filesystem=files.storage.filesystem).num_rows for path in files.paths)
+    return _read(files).count()
+
+
+def _read(files: InputFiles) -> ray.data.Dataset:
+    keys = [{"key": key} for key in files.tags]
+    read = partial(read_parquet if files.ending == ".parquet" else read_lines, storage=files.storage)
+    return ray.data.from_items(keys, override_num_blocks=len(keys)).map_batches(
+        read, batch_format="pyarrow", batch_size=1
+    )
+
+
+def read_parquet(keys: pa.Table, storage: Storage) -> Iterator[pa.Table]:
+    """Yield the rows of Parquet files. Raises InputError for a file that is broken behind its footer."""
+    for key in keys["key"].to_pylist():
+        try:
+            with pq.ParquetFile(storage.path(key), filesystem=storage.filesystem, pre_buffer=True) as file:
+                for batch in file.iter_batches():
+                    yield pa.Table.from_batches([batch])
+        except (pa.ArrowException, OSError) as error:
+            raise _not_whole(f"{storage.uri}/{key}", "Parquet file", error) from error
 
 
 def read_lines(keys: pa.Table, storage: Storage) -> Iterator[pa.Table]:
@@ -92,7 +111,7 @@ def read_lines(keys: pa.Table, storage: Storage) -> Iterator[pa.Table]:
                 while some := list(itertools.islice(lines, _LINES_TOGETHER)):
                     yield pa.table({"line": pa.array(some, pa.binary())})
         except OSError as error:
-            raise InputError(f"{storage.uri}/{key}: not a whole file ({_first_line(error)}); write it again") from error
+            raise _not_whole(f"{storage.uri}/{key}", "file", error) from error
 
 
 def mark_rows(batch: pa.Table, table: Table, root: str, to_table=None) -> pa.Table:  # type: ignore[no-untyped-def]
@@ -109,14 +128,27 @@ def mark_rows(batch: pa.Table, table: Table, root: str, to_table=None) -> pa.Tab
         for row, reason in enumerate(reasons.to_pylist())
     ]
     if "image" in sound.column_names:
-        column = sound.column_names.index("image")
         uris = [resolve_uri(uri, root) if uri else None for uri in sound["image"].to_pylist()]
-        sound = sound.set_column(column, "image", pa.array(uris, pa.string()))
+        sound = sound.append_column(IMAGE, pa.array(uris, pa.string()))
+    if not table.keep_others:
+        sound = sound.append_column(OTHERS, _others(batch, table) if lines is None else lines[OTHERS])
     return sound.append_column(REASON, reasons).append_column(RAW, pa.array(raw, pa.string()))
 
 
 def _row_as_json(batch: pa.Table, row: int) -> str:
     return json.dumps(batch.slice(row, 1).to_pylist()[0], default=str)
+
+
+def unmarked(batch: pa.Table) -> pa.Table:
+    """Return the rows without the columns that were put beside the table's own."""
+    return batch.drop_columns([name for name in (REASON, RAW, IMAGE, OTHERS) if name in batch.column_names])
+
+
+def _others(batch: pa.Table, table: Table) -> pa.Array:
+    unknown = [name for name in batch.column_names if name not in table.columns.names]
+    if not unknown:
+        return pa.nulls(batch.num_rows, pa.string())
+    return pa.array([json.dumps(row, default=str) for row in batch.select(unknown).to_pylist()], pa.string())
 
 
 def _parse_lines(batch: pa.Table, table: Table) -> tuple[pa.Table, pa.Table]:
@@ -145,7 +177,10 @@ def _parse_lines(batch: pa.Table, table: Table) -> tuple[pa.Table, pa.Table]:
         columns[name] = _json_column(
             [value if fits else None for value, fits in zip(values, fitting, strict=True)], wanted
         )
-    return pa.table(columns), pa.table({REASON: pa.array(reasons, pa.string()), RAW: pa.array(raw, pa.string())})
+    unknown = [{name: value for name, value in (row or {}).items() if name not in names} for row in rows]
+    others = [json.dumps(more) if more else None for more in unknown]
+    kept = {REASON: reasons, RAW: raw, OTHERS: others}
+    return pa.table(columns), pa.table({name: pa.array(texts, pa.string()) for name, texts in kept.items()})
 
 
 def _json_object(line: bytes) -> dict[str, Any] | None:
@@ -200,9 +235,10 @@ def _check_parquet(files: InputFiles, key: str) -> None:
     try:
         footer = pq.read_schema(files.storage.path(key), filesystem=files.storage.filesystem)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"{source}: not a whole Parquet file ({_first_line(error)}); write it again") from error
+        raise _not_whole(source, "Parquet file", error) from error
     check_schema(footer, files.table, source)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+def _not_whole(source: str, kind: str, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    return InputError(f"{source}: not a whole {kind} ({reason}); write it again")

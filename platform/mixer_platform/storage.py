@@ -8,18 +8,16 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
-from urllib.parse import urlsplit
+from typing import Protocol
 
-import boto3
 import pyarrow.fs
-from botocore.exceptions import BotoCoreError, ClientError
 
-from mixer_platform.errors import ConflictError, MissingError, StorageError
+from mixer_platform.errors import MissingError, StorageError, published_already
+from mixer_platform.s3 import S3Storage
 
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP}
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+://")
@@ -43,6 +41,9 @@ class Storage(Protocol):
     def list(self, prefix: str) -> dict[str, str]:
         """Return every key below the folder `prefix`, with a tag that changes when its content does."""
 
+    def folders(self, prefix: str) -> Sequence[str]:
+        """Return the names of the folders directly in the folder `prefix`, in order, without looking into them."""
+
     def tag(self, key: str) -> str | None:
         """Return the tag of `key`'s content, None if there is none."""
 
@@ -58,7 +59,7 @@ def open_storage(uri: str) -> Storage:
     if uri.startswith("s3://"):
         return S3Storage(uri)
     if _SCHEME.match(uri):
-        raise MissingError(f"{uri}: only folders and s3://bucket/prefix are read and written")
+        raise _not_read(uri)
     return LocalStorage(uri)
 
 
@@ -70,8 +71,10 @@ def read_uri(uri: str) -> bytes:
     if not _SCHEME.match(uri):
         root, key = os.path.split(uri)
         return LocalStorage(root).read(key)
-    root, _, key = uri.rpartition("/")
-    return _open_cached(root).read(key)
+    if not uri.startswith("s3://"):
+        raise _not_read(uri)
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return _bucket(bucket).read(key)
 
 
 def resolve_uri(uri: str, root: str) -> str:
@@ -79,9 +82,9 @@ def resolve_uri(uri: str, root: str) -> str:
     return uri if _SCHEME.match(uri) or uri.startswith("/") else f"{root.rstrip('/')}/{uri}"
 
 
-@lru_cache(maxsize=256)
-def _open_cached(uri: str) -> Storage:
-    return S3Storage(uri, check=False) if uri.startswith("s3://") else open_storage(uri)
+@lru_cache(maxsize=16)  # a client takes a while to make; pictures lie in many folders, but in few buckets
+def _bucket(name: str) -> Storage:
+    return S3Storage(f"s3://{name}", check=False)
 
 
 class LocalStorage:
@@ -108,6 +111,10 @@ class LocalStorage:
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
         return {str(path.relative_to(self.root)): _file_tag(path) for path in files}
 
+    def folders(self, prefix: str) -> Sequence[str]:
+        folder = self.root / prefix
+        return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
     def tag(self, key: str) -> str | None:
         path = self.root / key
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
@@ -115,7 +122,7 @@ class LocalStorage:
     def publish(self, key: str, data: bytes, replaces: str | None) -> None:
         with self._explained(key), self._locked(key), self._staged(key, data) as staged:
             if self.tag(key) != replaces:
-                raise _conflict(self.path(key))
+                raise published_already(self.path(key))
             os.replace(staged, self.root / key)
 
     def delete(self, prefix: str) -> None:
@@ -157,103 +164,10 @@ class LocalStorage:
             raise kind(f"{self.path(key)}: {error.strerror or error}") from error
 
 
-class S3Storage:
-    """A workspace under `s3://bucket/prefix`; endpoint, region and credentials are found the standard AWS way."""
-
-    def __init__(self, uri: str, check: bool = True) -> None:
-        parts = urlsplit(uri)
-        self.bucket, self.prefix = parts.netloc, parts.path.strip("/")
-        self.uri = uri.rstrip("/")
-        self._connect()
-        if check:
-            self._check_bucket()
-
-    def _connect(self) -> None:
-        self.client = boto3.client("s3")
-        endpoint = self.client.meta.endpoint_url
-        # Arrow finds credentials by the same chain, but of the endpoint settings it reads only some.
-        self.filesystem = pyarrow.fs.S3FileSystem(endpoint_override=endpoint, region=self.client.meta.region_name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"bucket": self.bucket, "prefix": self.prefix, "uri": self.uri}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._connect()
-
-    def path(self, key: str = "") -> str:
-        return "/".join(part for part in (self.bucket, self.prefix, key) if part)
-
-    def read(self, key: str) -> bytes:
-        with self._explained(key):
-            return self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
-
-    def write(self, key: str, data: bytes) -> None:
-        with self._explained(key):
-            self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
-
-    def list(self, prefix: str) -> dict[str, str]:
-        folder = self._key(prefix).rstrip("/") + "/" if self._key(prefix) else ""
-        skip = len(self.prefix) + 1 if self.prefix else 0
-        with self._explained(prefix):
-            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder)
-            return {entry["Key"][skip:]: entry["ETag"] for page in pages for entry in page.get("Contents", [])}
-
-    def tag(self, key: str) -> str | None:
-        with self._explained(key):
-            try:
-                return self.client.head_object(Bucket=self.bucket, Key=self._key(key))["ETag"]
-            except ClientError as error:
-                if _is_missing(error):
-                    return None
-                raise
-
-    def publish(self, key: str, data: bytes, replaces: str | None) -> None:
-        condition = {"IfNoneMatch": "*"} if replaces is None else {"IfMatch": replaces}
-        with self._explained(key):
-            try:
-                self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, **condition)
-            except ClientError as error:
-                if error.response["Error"]["Code"] in {"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"}:
-                    raise _conflict(f"{self.uri}/{key}") from error
-                raise
-
-    def delete(self, prefix: str) -> None:
-        with self._explained(prefix):
-            for key in self.list(prefix):
-                self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
-
-    def _key(self, key: str) -> str:
-        return "/".join(part for part in (self.prefix, key) if part)
-
-    def _check_bucket(self) -> None:
-        try:
-            self.client.head_bucket(Bucket=self.bucket)
-        except ClientError as error:
-            code = error.response["Error"]["Code"]
-            reason = {"404": "the bucket does not exist: create it", "403": "access denied: check the credentials"}
-            raise StorageError(f"s3://{self.bucket}: {reason.get(code, str(error))}") from error
-        except BotoCoreError as error:
-            raise StorageError(f"s3://{self.bucket}: {error}") from error
-
-    @contextmanager
-    def _explained(self, key: str) -> Iterator[None]:
-        try:
-            yield
-        except (ClientError, BotoCoreError) as error:
-            kind = MissingError if _is_missing(error) else StorageError
-            raise kind(f"{self.uri}/{key}: {error}") from error
-
-
-def _is_missing(error: Exception) -> bool:
-    code = error.response["Error"]["Code"] if isinstance(error, ClientError) else None
-    return code in {"404", "NoSuchKey", "NoSuchBucket", "NotFound"}
+def _not_read(uri: str) -> MissingError:
+    return MissingError(f"{uri}: only folders and s3://bucket/prefix are read and written")
 
 
 def _file_tag(path: Path) -> str:
     stat = path.stat()
     return f"{stat.st_size}-{stat.st_mtime_ns}"
-
-
-def _conflict(address: str) -> ConflictError:
-    return ConflictError(f"{address}: somebody else published first; theirs stands, run again to build on it")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import shlex
 from functools import cache
 from pathlib import Path
@@ -215,7 +214,8 @@ def test_the_service_builds_this_project_from_a_configuration_that_loads() -> No
     source = (ROOT / "platform" / module.replace(".", "/")).with_suffix(".py")
     functions = {node.name for node in ast.parse(source.read_text()).body if isinstance(node, ast.FunctionDef)}
     assert builder in functions
-    overrides = [f"{key}={json.dumps(value)}" for key, value in app["args"].items() if key != "config"]  # as it does
+    assert all(isinstance(value, str) for value in app["args"].values())
+    overrides = [f"{key}={value}" for key, value in app["args"].items() if key != "config"]
     assert load_config(ROOT / app["args"]["config"], overrides).workspace.startswith("s3://")
     check_runtime_env(app["runtime_env"])
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
-from mixer_platform.demo.cluster import MARK, processes, progress
+from mixer_platform.demo.cluster import MARK, _past_proxies, processes, progress
 from mixer_platform.demo.job import read_questions, table
 from mixer_platform.demo.memory import PeakMemory, proportional_kib
 
@@ -55,11 +56,21 @@ def test_progress_tells_rows_epochs_and_errors() -> None:
     assert progress("2026-11-24 03:32:44,915 INFO anything") is None
 
 
-def test_questions_are_spread_over_what_was_asked(tmp_path: Path) -> None:
+def test_questions_are_drawn_from_all_that_was_asked(tmp_path: Path) -> None:
     (tmp_path / "reports").mkdir()
-    pq.write_table(pa.table({"query_id": [str(n) for n in range(10)]}), tmp_path / "reports/r.parquet")
-    assert [row["query_id"] for row in read_questions(tmp_path, "r", 3)] == ["0", "3", "6"]
-    assert len(read_questions(tmp_path, "r", 99)) == 10
+    pq.write_table(pa.table({"query_id": list(range(800))}), tmp_path / "reports/r.parquet")
+    asked = [row["query_id"] for row in read_questions(tmp_path, "r", 100)]
+    assert asked == sorted(set(asked)) == [row["query_id"] for row in read_questions(tmp_path, "r", 100)]
+    assert len(asked) == 100
+    assert 30 < sum(query % 2 for query in asked) < 70, "every second photo is of another team's drawing"
+    assert min(asked) < 80 < 720 < max(asked)
+    assert len(read_questions(tmp_path, "r", 9999)) == 800
+
+
+def test_both_spellings_of_no_proxy_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", ".corp")
+    monkeypatch.setenv("NO_PROXY", ".shop")
+    assert _past_proxies() == "127.0.0.1,localhost,.corp,.shop"
 
 
 def test_the_table_holds_quality_stages_and_latency() -> None:

@@ -76,6 +76,15 @@ def cut_off(data: Path) -> None:
     (data / "logs.parquet").write_bytes(whole[: len(whole) // 2])
 
 
+def break_a_page(data: Path) -> None:
+    rows = pq.read_table(data / "logs.parquet").to_pylist()
+    rows = [row | {"event_id": str(n**9), "session_id": str(n)} for n in range(1000) for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows, LOGS.required), data / "logs.parquet")
+    whole = bytearray((data / "logs.parquet").read_bytes())
+    whole[1000:2000] = b"\xff" * 1000
+    (data / "logs.parquet").write_bytes(whole)
+
+
 def cut_off_gzip(data: Path) -> None:
     (data / "logs.parquet").unlink()
     (data / "logs.jsonl.gz").write_bytes(bytes.fromhex("1f8b08000000000002ff"))
@@ -102,6 +111,9 @@ def cut_off_gzip(data: Path) -> None:
         ),
         pytest.param(
             cut_off, r"DATA/logs\.parquet: not a whole Parquet file \(.*\); write it again", id="half a Parquet"
+        ),
+        pytest.param(
+            break_a_page, r"DATA/logs\.parquet: not a whole Parquet file \(.*\); write it again", id="broken page"
         ),
         pytest.param(cut_off_gzip, r"DATA/logs\.jsonl\.gz: not a whole file \(.*\); write it again", id="half a gzip"),
     ],

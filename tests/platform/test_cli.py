@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import AuthenticationError
 from ray.train import WorkerGroupError
 
 from mixer_platform import cli
@@ -22,6 +24,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.yaml").write_text("data: d\nworkspace: w\n")
     monkeypatch.setattr("sys.argv", ["job", "--config", str(tmp_path / "run.yaml"), "train.epochs=9"])
     monkeypatch.setattr(cli, "connect", lambda: None)
+    monkeypatch.setattr("sys.stdout", sys.stdout)  # main() takes it away for good
 
 
 def run_and_fail(job: Any, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -33,13 +36,27 @@ def run_and_fail(job: Any, capsys: pytest.CaptureFixture[str]) -> tuple[int, str
 
 
 @pytest.mark.usefixtures("arguments")
-def test_the_report_is_the_last_line_of_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_is_all_of_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     def job(config: RunConfig) -> Mapping[str, Any]:
         print("something else")
         return {"epochs": config.train.epochs}
 
     cli.main(job, "a job")
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"epochs": 9}
+    print("what a worker said, late")
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"epochs": 9}
+    assert err.splitlines() == ["something else", "what a worker said, late"]
+
+
+@pytest.mark.usefixtures("arguments")
+def test_overrides_stand_before_and_after_the_configuration(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, option, path, override = sys.argv
+    monkeypatch.setattr("sys.argv", [program, "train.seed=4", option, path, override])
+    config = cli.main(lambda config: {}, "a job")
+    assert (config.train.seed, config.train.epochs) == (4, 9)
+    assert capsys.readouterr().out == "{}\n"
 
 
 @pytest.mark.usefixtures("arguments")
@@ -71,6 +88,34 @@ def test_a_cluster_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -
         address = f"127.0.0.1:{bound_only.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
         with pytest.raises(MixerError, match=f"RAY_ADDRESS={address}: no Ray cluster answers there"):
+            cli.connect()
+
+
+def test_a_cluster_of_this_machine_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli.ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with socket.socket() as bound_only:
+        bound_only.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{bound_only.getsockname()[1]}"
+        left = Path(cli.get_ray_address_file(None))
+        assert left.is_relative_to(tmp_path)
+        left.parent.mkdir(exist_ok=True)
+        left.write_text(address)
+        with pytest.raises(MixerError, match=rf"{left} names {address}: no Ray cluster answers there \(.*\); run `ray"):
+            cli.connect()
+
+
+def test_a_cluster_that_asks_for_its_token_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**settings: Any) -> None:
+        raise AuthenticationError("InvalidAuthToken")
+
+    monkeypatch.setattr(cli.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cli, "GcsClient", refuse)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(MixerError, match=rf"^RAY_ADDRESS={address}: .* its token; set RAY_AUTH_MODE=token"):
             cli.connect()
 
 

@@ -34,8 +34,8 @@ def failure(tmp_path: Path, text: str, *overrides: str) -> str:
         ("trian: {}\n", "run.yaml: trian: unknown key; did you mean train?"),
         ("train: {epoch: 3}\n", "run.yaml: train.epoch: unknown key; did you mean epochs?"),
         (
-            "prepare: {labeling: {resolutoin: 3}}\n",
-            "run.yaml: prepare.labeling.resolutoin: unknown key; did you mean res",
+            "prepare: {labeling: {trsut: 3}}\n",
+            "run.yaml: prepare.labeling.trsut: unknown key; did you mean trust",
         ),
         (
             "evaluate: {zzz: 3}\n",
@@ -75,7 +75,11 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str, said: str) -
         ("model.concept_dim=30", "command line: model: concept_dim 30 is not a multiple of heads 4"),
         ("train.seed=-1", "command line: train.seed: expected greater than or equal to 0, found -1"),
         ("evaluate.ks=[]", "command line: evaluate.ks: "),
-        ("data=[1", "command line: data: '[1' is not a YAML value"),
+        ("evaluate.ks=[1", "command line: evaluate.ks: '[1' is not a YAML value"),
+        ("evaluate.ks=[0]", "command line: evaluate.ks.0: expected greater than or equal to 1, found 0"),
+        ('train={"epochs": 0}', "command line: train.epochs: expected greater than or equal to 1, found 0"),
+        ("train={epocs: 3}", "command line: train.epocs: unknown key; did you mean epochs?"),
+        ("workspace=", "command line: workspace: expected a valid string, found None"),
     ],
 )
 def test_wrong_overrides_name_the_command_line(tmp_path: Path, override: str, said: str) -> None:
@@ -94,13 +98,25 @@ def test_overrides_are_yaml_values_over_the_file(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(GOOD + "train: {epochs: 3, seed: 5}\nserve:\n")
     config = load_config(
         tmp_path / "run.yaml",
-        ["train.epochs=7", "evaluate.ks=[1, 2]", "evaluate.baseline=false", "prepare.labeling.resolution=2.5",
+        ["train.epochs=7", "evaluate.ks=[1, 2]", "evaluate.baseline=false", "prepare.labeling.trust=2.5",
          "truth=null", "workspace=s3://bucket/a=b", "serve.port=0"],
     )  # fmt: skip
     assert (config.train.epochs, config.train.seed) == (7, 5)
     assert (config.evaluate.ks, config.evaluate.baseline) == ((1, 2), False)
-    assert config.prepare.labeling.resolution == 2.5
+    assert config.prepare.labeling.trust == 2.5
     assert (config.truth, config.workspace, config.serve.port) == (None, "s3://bucket/a=b", 0)
+
+
+def test_an_override_says_nothing_of_its_neighbours(tmp_path: Path) -> None:
+    assert failure(tmp_path, GOOD + "train: {seed: -1}\n", "train.epochs=3").startswith("run.yaml: train.seed: ")
+
+
+def test_texts_are_kept_as_typed(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(GOOD)
+    typed = ["data=/tmp/my #1/data", "workspace=2024", "truth=[a]: b", "model.text_encoder=null", "serve.host=::1"]
+    config = load_config(tmp_path / "run.yaml", typed)
+    assert (config.data, config.workspace, config.truth) == ("/tmp/my #1/data", "2024", "[a]: b")
+    assert (config.model.text_encoder, config.serve.host) == ("null", "::1")
 
 
 def test_a_configuration_is_frozen() -> None:

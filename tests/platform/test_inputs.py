@@ -12,7 +12,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixer_platform.errors import InputError
-from mixer_platform.inputs import RAW, REASON, find_file, find_input, mark_rows, read_input, read_lines
+from mixer_platform.inputs import (
+    IMAGE,
+    OTHERS,
+    RAW,
+    REASON,
+    count_rows,
+    find_file,
+    find_input,
+    mark_rows,
+    read_input,
+    read_lines,
+    read_parquet,
+)
 from mixer_platform.inputs import _parse_lines as parse_lines
 from mixer_platform.schema import ITEMS, LOGS, QUERIES, TRUTH
 
@@ -61,6 +73,23 @@ def test_mixed_endings(tmp_path: Path) -> None:
     assert said(tmp_path) == "DATA/queries: mixes .jsonl and .jsonl.gz; keep one kind of file a table"
 
 
+def test_a_parquet_file_with_a_broken_page_is_named(tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries.parquet", [{"query_id": f"q{n}", "image": f"{n**9}.png"} for n in range(2000)])
+    data = bytearray((tmp_path / "queries.parquet").read_bytes())
+    data[1000:2000] = b"\xff" * 1000
+    (tmp_path / "queries.parquet").write_bytes(data)
+    files = find_input(str(tmp_path), QUERIES)
+    with pytest.raises(InputError, match=r"queries\.parquet: not a whole Parquet file \(.*\); write it again"):
+        list(read_parquet(pa.table({"key": list(files.tags)}), files.storage))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("name", ["queries.parquet", "queries.jsonl.gz"])
+def test_rows_are_counted_as_they_lie(tmp_path: Path, name: str) -> None:
+    write_queries(tmp_path / name)
+    assert count_rows(find_input(str(tmp_path), QUERIES)) == len(QUERY_ROWS)
+
+
 def test_a_truncated_parquet_file_is_named(tmp_path: Path) -> None:
     write_queries(tmp_path / "queries/a.parquet")
     write_queries(tmp_path / "queries/b.parquet")
@@ -93,12 +122,12 @@ def test_one_named_file(tmp_path: Path) -> None:
 def test_each_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str) -> None:
     write_queries(tmp_path / name)
     rows = {row["query_id"]: row for row in read_input(find_input(str(tmp_path), QUERIES)).take_all()}
-    assert {key: (row["image"], row[REASON]) for key, row in rows.items()} == {
-        "a": (f"{tmp_path}/p/a.png", None),
-        "b": ("/p/b.png", None),
-        "c": ("s3://b/c.png", None),
-        "d": (None, "image is missing"),
-        None: (f"{tmp_path}/p/e.png", "query_id is missing"),
+    assert {key: (row["image"], row[IMAGE], row[REASON]) for key, row in rows.items()} == {
+        "a": ("p/a.png", f"{tmp_path}/p/a.png", None),
+        "b": ("/p/b.png", "/p/b.png", None),
+        "c": ("s3://b/c.png", "s3://b/c.png", None),
+        "d": (None, None, "image is missing"),
+        None: ("p/e.png", f"{tmp_path}/p/e.png", "query_id is missing"),
     }
     assert rows["a"][RAW] is None
     assert json.loads(rows["d"][RAW]) == {"query_id": "d", "image": None}
@@ -141,7 +170,7 @@ def test_broken_json_lines_are_kept_as_they_came() -> None:
     rows = marked(['{"query_id": "a", ', "[1]", "3", "null", half, {"query_id": "q", "image": "x"}], QUERIES)
     assert [row[REASON] for row in rows] == ["not a JSON object"] * 5 + [None]
     assert [row[RAW] for row in rows] == ['{"query_id": "a", ', "[1]", "3", "null", half, None]
-    assert rows[-1]["image"] == "/d/x"
+    assert (rows[-1]["image"], rows[-1][IMAGE]) == ("x", "/d/x")
 
 
 @pytest.mark.parametrize(
@@ -174,6 +203,15 @@ def test_json_attributes_have_one_type() -> None:
         [{"item_id": "a", "size": 3}, {"item_id": "b", "size": "L"}, {"item_id": "c", "colour": "red"}], ITEMS
     )
     assert [(row["size"], row["colour"]) for row in rows] == [("3", None), ("L", None), (None, "red")]
+
+
+def test_columns_that_the_contract_does_not_know_are_kept_for_quarantine() -> None:
+    given = [{"query_id": "a", "image": "x", "lens": 3}, {"query_id": "b", "image": "y"}]
+    for found in (marked(given, QUERIES), mark_rows(pa.Table.from_pylist(given), QUERIES, "/d").to_pylist()):
+        assert json.loads(found[0][OTHERS]) == {"lens": 3}
+        assert json.loads(found[1][OTHERS] or "{}").get("lens") is None
+    assert [row[OTHERS] for row in mark_rows(pa.Table.from_pylist(given[1:]), QUERIES, "/d").to_pylist()] == [None]
+    assert OTHERS not in marked([{"item_id": "a", "lens": 3}], ITEMS)[0], "they are attributes"
 
 
 def test_json_lists_hold_strings() -> None:

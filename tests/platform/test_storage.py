@@ -29,6 +29,14 @@ def test_list_gives_the_keys_below_a_folder_only(storage: Storage) -> None:
     assert storage.list("nothing") == {}
 
 
+def test_folders_are_those_directly_below(storage: Storage) -> None:
+    for key in ("a/1", "a/b/2", "a/c/d/3", "ab/3"):
+        storage.write(key, key.encode())
+    assert storage.folders("a") == ["b", "c"]
+    assert storage.folders("") == ["a", "ab"]
+    assert storage.folders("nothing") == []
+
+
 def test_tags_change_when_content_does(storage: Storage) -> None:
     assert storage.tag("a/key") is None
     storage.write("a/key", b"one")
@@ -155,6 +163,26 @@ def test_pictures_are_read_by_uri(storage: Storage) -> None:
         read_uri(resolve_uri("pictures/none.png", storage.uri))
 
 
+def test_any_character_may_stand_in_a_prefix(s3: str) -> None:
+    for name in ("run #1", "why?", "50%20off"):
+        storage = open_storage(f"s3://{s3}/{name}/deep/")
+        storage.write("a #1?.bin", name.encode())
+        assert boto3.client("s3").get_object(Bucket=s3, Key=f"{name}/deep/a #1?.bin")["Body"].read() == name.encode()
+        assert list(storage.list("")) == ["a #1?.bin"]
+        assert read_uri(f"{storage.uri}/a #1?.bin") == name.encode()
+        with storage.filesystem.open_input_stream(storage.path("a #1?.bin")) as stream:
+            assert stream.read() == name.encode()
+
+
+def test_pictures_of_many_folders_share_one_client(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, made, client = open_storage(f"s3://{s3}"), [], boto3.client
+    monkeypatch.setattr(boto3, "client", lambda name: made.append(name) or client(name))
+    for n in range(5):
+        storage.write(f"pictures/{n}/p.png", b"bytes")
+        assert read_uri(f"s3://{s3}/pictures/{n}/p.png") == b"bytes"
+    assert made == ["s3"]
+
+
 def test_a_long_list_is_whole(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")  # S3 gives 1000 at once
     storage = open_storage(f"s3://{s3}")
@@ -185,11 +213,12 @@ def test_other_schemes_are_refused() -> None:
 def test_a_picture_that_is_not_there_is_told_from_storage_that_is_away(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for uri in ("/no/such.jpg", "/dev/null/x.jpg", f"/{'long' * 99}", "/a\0b", "https://shop/x.jpg", f"s3://{s3}/none"):
+    for uri in ("/no/such.jpg", "/dev/null/x.jpg", f"/{'long' * 99}", "/a\0b", "https://shop/x.jpg", f"s3://{s3}/none",
+                "s3://b", "s3://b/", "s3://no bucket/x"):  # fmt: skip
         with pytest.raises(MissingError):
             read_uri(uri)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(StorageError) as away:
-        read_uri(f"s3://{s3}/not/read/before")
+        read_uri("s3://not-read-before/p.png")
     assert not isinstance(away.value, MissingError)

@@ -30,6 +30,30 @@ def test_a_version_is_published_once(storage: Storage) -> None:
     assert versions.require(storage, "models", "v1")["dim"] == 8
 
 
+def test_names_part_runs_and_keep_the_fingerprint() -> None:
+    names = {versions.new_version("0123456789ab") for _ in range(9)}
+    assert len(names) == 9
+    assert {versions.fingerprint_of(name) for name in names} == {"0123456789ab"}
+    assert [versions.fingerprint_of(name) for name in ("v1", "model-a")] == ["v1", "model-a"]
+
+
+def test_two_runs_of_a_fingerprint_publish_and_the_newest_is_found(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count(1)
+    monkeypatch.setattr(versions.time, "time", lambda: next(ticks))
+    assert versions.find(storage, "samples", "f") is None
+    one, two = "f-00000b", "f-00000a"
+    storage.write(f"samples/{one}/train/rows", b"one")
+    storage.write("samples/f-00000c/train/rows", b"of a run that was interrupted")
+    versions.publish(storage, "samples", "g-00000a", {})
+    assert versions.find(storage, "samples", "f") is None
+    for version in (one, two):
+        assert versions.publish(storage, "samples", version, {})["fingerprint"] == "f"
+    found = versions.find(storage, "samples", "f")
+    assert found == versions.require(storage, "samples", two)
+
+
 def test_the_latest_is_the_newest_that_is_published(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = itertools.count(1)
     monkeypatch.setattr(versions.time, "time", lambda: next(ticks))
@@ -61,4 +85,6 @@ def test_folders_travel(storage: Storage, tmp_path: Path) -> None:
     found = versions.fetch(storage, "models/v1", tmp_path / "copy")
     assert (found / "a").read_bytes() == b"1"
     assert (found / "sub/b").read_bytes() == b"2"
+    some = versions.fetch(storage, "models/v1", tmp_path / "some", ("sub", "none"))
+    assert isinstance(storage, LocalStorage) or [path.name for path in some.iterdir()] == ["sub"]
     assert (tmp_path / "copy").exists() != isinstance(storage, LocalStorage), "a folder is used where it is"

@@ -15,9 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from ray.data import Dataset
 
+from mixer_platform import versions
 from mixer_platform.config import RunConfig
-from mixer_platform.errors import InputError
+from mixer_platform.errors import InputError, MixerError
 from mixer_platform.prepare.job import SAMPLES, prepare
 from mixer_platform.schema import LOGS, QUERIES
 
@@ -46,7 +48,7 @@ def sound_tables(folder: Path) -> dict[str, Rows]:
     queries, logs = [], []
     for n in range(20):
         (folder / f"pictures/q{n}.png").write_bytes(png(colour=7 * n))
-        queries.append({"query_id": f"q{n}", "image": f"pictures/q{n}.png"})
+        queries.append({"query_id": f"q{n}", "image": f"pictures/q{n}.png", "lens": n})
         for shopper in range(2):
             page = [f"i{(n + shopper) % 10}", f"i{(n + 1 - shopper) % 10}", f"i{(n + 2) % 10}"]
             for position, item in enumerate(page):
@@ -65,6 +67,7 @@ def event(
     number = next(NUMBERS)
     row = {"event_id": f"e{number}", "timestamp_ms": 1_700_000_000_000 + number, "session_id": session or f"s{number}"}
     row |= {"query_id": query, "item_id": item, "position": position, "event": kind, "dwell_ms": None}
+    row |= {"client": f"version {number % 3}"}  # a column that the contract does not know
     return row | changes
 
 
@@ -100,6 +103,7 @@ def broken_tables(folder: Path) -> tuple[dict[str, Rows], Reasons]:
     logs += [event("q1", "i8", "impression", session="robot")]
     logs += [event("nobody clicked", "i8", "impression")]
     logs += [event("q2", "i2", "purchase", session="shopper 2 0", dwell_ms=900)]
+    queries[20:] = [{**row, "lens": 20 + n} for n, row in enumerate(queries[20:])]
     np.random.default_rng(0).shuffle(items)
     np.random.default_rng(0).shuffle(queries)
     np.random.default_rng(0).shuffle(logs)
@@ -144,7 +148,8 @@ def broken_tables(folder: Path) -> tuple[dict[str, Rows], Reasons]:
 def write_parquet(tables: dict[str, Rows], folder: Path) -> None:
     """Write items in two files, of which one has no colours at all, and the others in one."""
     schemas = {"queries": QUERIES.columns, "logs": LOGS.columns}
-    schemas["logs"] = schemas["logs"].set(5, pa.field("position", pa.int64()))
+    schemas["queries"] = schemas["queries"].append(pa.field("lens", pa.int64()))
+    schemas["logs"] = schemas["logs"].set(5, pa.field("position", pa.int64())).append(pa.field("client", pa.string()))
     for name, schema in schemas.items():
         pq.write_table(pa.Table.from_pylist(tables[name], schema), folder / f"{name}.parquet")
     (folder / "items").mkdir()
@@ -182,9 +187,16 @@ def version_folder(folder: Path, report: dict[str, Any]) -> Path:
     return folder / "workspace/samples" / report["version"]
 
 
+def as_text(row: dict[str, Any]) -> str:
+    return json.dumps(row, sort_keys=True)
+
+
 def simplified(counts: dict[str, int]) -> dict[str, int]:
-    """Leave out what the decoder said in detail."""
-    return {reason.split(":")[0]: count for reason, count in counts.items()}
+    """Leave out what the decoder, or the row that a log row names, said in detail."""
+    found: Counter[str] = Counter()
+    for reason, count in counts.items():
+        found[reason.split(":")[0]] += count
+    return found
 
 
 def test_every_row_is_used_or_in_quarantine_for_the_planted_reason(run: dict[str, Any]) -> None:
@@ -200,11 +212,10 @@ def test_quarantine_holds_the_rows_as_they_came(run: dict[str, Any]) -> None:
     assert kept == [row for row in kept if row["table"] and row["reason"] and row["raw"]]
     counts = Counter((row["table"], row["reason"].split(":")[0]) for row in kept)
     assert counts == {(name, why): n for name, reasons in run["planted"].items() for why, n in reasons.items()}
-    ids = {"items": "item_id", "queries": "query_id", "logs": "event_id"}
     for name, rows in run["tables"].items():
-        given = Counter(row[ids[name]] for row in rows)
-        found = Counter(json.loads(row["raw"])[ids[name]] for row in kept if row["table"] == name)
-        assert found <= given, name
+        given = Counter(as_text(row) for row in rows)
+        found = Counter(as_text(json.loads(row["raw"])) for row in kept if row["table"] == name)
+        assert found <= given, name  # also what only other rows or the pictures showed
     overflow = [json.loads(row["raw"]) for row in kept if row["reason"] == "position is missing"]
     assert [row["position"] for row in overflow] == [2**31]
     unknown = [json.loads(row["raw"]) for row in kept if row["reason"] == "item_id is unknown"]
@@ -254,6 +265,28 @@ def test_a_second_run_reuses_and_other_settings_or_data_make_a_new_version(run: 
     }
 
 
+def test_two_runs_at_once_leave_two_whole_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second run begins when the first has written everything, and publishes before it."""
+    tables = sound_tables(tmp_path / "data")
+    tables["logs"] += [event("q1", "unheard of", "click")]
+    write_parquet(tables, tmp_path / "data")
+    config, publish, reports = run_config(tmp_path, partitions=1), versions.publish, []
+
+    def delayed(*arguments: Any) -> dict[str, Any]:
+        monkeypatch.setattr(versions, "publish", publish)
+        reports.append(prepare(config))
+        return publish(*arguments)
+
+    monkeypatch.setattr(versions, "publish", delayed)
+    reports.append(prepare(config))
+    assert len({report["version"] for report in reports}) == 2
+    for report in reports:
+        folder = version_folder(tmp_path, report)
+        assert len(set(pq.read_table(folder / "train")["sample_id"].to_pylist())) == 31
+        assert [pq.read_table(folder / part).num_rows for part in ("train", "quarantine")] == [31, 1]
+    assert prepare(config)["version"] == reports[1]["version"]
+
+
 def test_json_lines_give_what_parquet_gives(run: dict[str, Any], tmp_path: Path) -> None:
     tables = {name: [dict(row) for row in rows] for name, rows in run["tables"].items()}
     data = tmp_path / "data"
@@ -276,17 +309,39 @@ def test_json_lines_give_what_parquet_gives(run: dict[str, Any], tmp_path: Path)
     assert comparable(tmp_path, report) == comparable(run["folder"], run["report"])
 
 
-def test_no_logs_is_one_sentence(tmp_path: Path) -> None:
-    tables = sound_tables(tmp_path / "data") | {"logs": []}
+@pytest.mark.parametrize("name", ["queries", "logs"])
+def test_a_table_without_rows_is_one_sentence(tmp_path: Path, name: str) -> None:
+    tables = sound_tables(tmp_path / "data") | {name: []}
     write_parquet(tables, tmp_path / "data")
-    with pytest.raises(InputError, match=r"logs: no rows; prepare learns from what people clicked$"):
+    with pytest.raises(InputError, match=rf"{name}: no rows; prepare learns from what people clicked$"):
         prepare(run_config(tmp_path, partitions=1))
     assert not list((tmp_path / "workspace").glob("**/manifest.json"))
 
 
 def test_logs_without_a_usable_click_are_one_sentence(tmp_path: Path) -> None:
     tables = sound_tables(tmp_path / "data")
-    tables["logs"] = [event("q1", "i1", "impression"), event("unheard of", "i1", "click"), event("q1", "i1", "buy")]
+    tables["queries"].append({"query_id": "far", "image": "https://shop/q.jpg", "lens": 0})
+    tables["logs"] = [event("q1", "i1", "impression"), event("unheard of", "i1", "click")]
+    tables["logs"] += [event("far", "i1", "click") for _ in range(2)] + [event("q1", "i1", "buy") for _ in range(3)]
     write_parquet(tables, tmp_path / "data")
-    with pytest.raises(InputError, match=r"logs: no usable click; see the reasons in quarantine and mend the logs$"):
+    with pytest.raises(InputError) as error:
         prepare(run_config(tmp_path, partitions=1))
+    assert str(error.value).endswith(
+        "data/logs: no usable click, mend the logs (3 × event is unknown; 2 × query_id is in quarantine: "
+        "picture cannot be read: only folders and s3://bucket/prefix are read and written; 1 × query_id is unknown)"
+    )
+
+
+def test_rows_that_a_join_loses_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = sound_tables(tmp_path / "data")
+    tables["logs"].append(event("unheard of", "i1", "click"))
+    write_parquet(tables, tmp_path / "data")
+    join = Dataset.join
+    monkeypatch.setattr(
+        Dataset, "join", lambda self, other, kind, *rest, **more: join(self, other, "inner", *rest, **more)
+    )
+    with pytest.raises(
+        MixerError, match=r"data/logs: 161 rows were read, but 160 are used or in quarantine; nothing is"
+    ):
+        prepare(run_config(tmp_path, partitions=1))
+    assert not list((tmp_path / "workspace").glob("**/manifest.json"))

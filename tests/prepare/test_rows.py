@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from mixer_platform.inputs import RAW, REASON
+from mixer_platform.inputs import IMAGE, OTHERS, RAW, REASON
 from mixer_platform.prepare import rows
 from mixer_platform.prepare.job import _states
 
@@ -45,7 +45,7 @@ def test_missing_keys_are_no_repeats_of_each_other() -> None:
 def test_references_are_sound_unknown_or_in_quarantine() -> None:
     batch = marked([None, None, None, "broken"], key=["a", "b", "c", "d"], state=["", None, "picture", None])
     found = rows.mark_references(batch, "key", "state")
-    assert found[REASON].to_pylist() == [None, "key is unknown", "key is in quarantine", "broken"]
+    assert found[REASON].to_pylist() == [None, "key is unknown", "key is in quarantine: picture", "broken"]
     assert found.column_names == ["key", REASON, RAW]
 
 
@@ -86,12 +86,18 @@ def test_pictures(tmp_path: Path) -> None:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     uris = [None, *(str(tmp_path / name) for name in [*files, "none"]), str(tmp_path / "none")]
-    found = rows.mark_pictures(marked([None] * 7 + ["broken"], image=uris), min_side=8)[REASON].to_pylist()
+    found = rows.mark_pictures(marked([None] * 7 + ["broken"], **{IMAGE: uris}), min_side=8)[REASON].to_pylist()
     assert found[2].startswith("broken picture")
     assert found[:2] + found[3:] == [
         None, None, "picture of 4 x 4 pixels; each side needs 8", "not a JPEG, PNG or WebP picture",
-        "not a JPEG, PNG or WebP picture", "picture cannot be read", "broken",
+        "not a JPEG, PNG or WebP picture", "picture cannot be read: No such file or directory", "broken",
     ]  # fmt: skip
+
+
+def test_a_picture_behind_another_scheme_is_told() -> None:
+    batch = marked(**{IMAGE: ["https://shop/a/1.jpg", "https://shop/b/2.jpg"]})
+    said = "picture cannot be read: only folders and s3://bucket/prefix are read and written"
+    assert rows.mark_pictures(batch, min_side=8)[REASON].to_pylist() == [said, said]
 
 
 def test_quarantine_and_sound_rows_part() -> None:
@@ -105,3 +111,9 @@ def test_quarantine_and_sound_rows_part() -> None:
     assert json.loads(kept["raw"][0].as_py()) == {"key": "b", "added": "1970-01-01 00:00:02"}
     assert kept["raw"][1].as_py() == "as it came"
     assert rows.sound(batch).to_pylist() == batch.slice(0, 1).drop_columns([REASON, RAW]).to_pylist()
+
+
+def test_quarantine_shows_the_row_and_samples_the_picture() -> None:
+    batch = marked([None, "x"], image=["p/a", "p/b"], **{IMAGE: ["/d/p/a", "/d/p/b"], OTHERS: [None, '{"lens": 3}']})
+    assert rows.sound(batch).to_pylist() == [{"image": "/d/p/a"}]
+    assert json.loads(rows.quarantined(batch, "queries")["raw"][0].as_py()) == {"image": "p/b", "lens": 3}

@@ -86,6 +86,14 @@ def test_search_over_shards_equals_exact_search_over_all(client: TestClient, wor
         np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
+def test_k_in_the_query_string_is_told_where_it_goes(client: TestClient, photo: Photo) -> None:
+    for path, name in (("/v1/search", "photo"), ("/v1/search/batch", "photos")):
+        reply = client.post(f"{path}?k=2", files={name: ("photo.jpg", photo(1))})
+        assert reply.status_code == 422
+        said = "k is in the query string; send it as a field of the body, beside the photo"
+        assert reply.json()["error"]["message"] == said
+
+
 def test_a_reply_holds_items_versions_and_timings(client: TestClient, photo: Photo):
     reply = search(client, photo(5)).json()
     assert (reply["model"], reply["index"]) == ("model-a", "index-a")

@@ -15,6 +15,7 @@ from mixer.export import export_encoders
 from mixer.images import decode
 from mixer.sampling import EpochPlan
 from mixer.towers import MixerModel
+from mixer_platform.errors import InputError
 from mixer_platform.storage import open_storage
 from mixer_platform.train.features import FeatureSamples, FeatureWorker
 from mixer_platform.train.pictures import PictureSamples
@@ -129,6 +130,19 @@ def test_photos_share_evidence_and_items_do_not(cached: FeatureSamples) -> None:
     after = cached.targets.over(range(3))
     assert not torch.equal(after[:PHOTOS], before[:PHOTOS])
     assert torch.equal(after[PHOTOS:], before[PHOTOS:])
+
+
+def test_a_picture_that_broke_after_prepare_is_named(
+    cached: FeatureSamples, model: MixerModel, workspace: Path, samples: list[dict]
+) -> None:
+    Path(samples[0]["image"]).write_bytes(b"no picture")
+    said = rf"^{samples[0]['image']}: not a JPEG, PNG or WebP picture; prepare could still read it, put "
+    with pytest.raises(InputError, match=said):
+        FeatureWorker(str(workspace), "features/f/encoders", "mean", VIEWS, seed=0)(
+            pq.read_table(workspace / "samples/v1/train")
+        )
+    with pytest.raises(InputError, match=said):
+        PictureSamples(open_storage(str(workspace)), "v1", model, seed=0).batch(np.array([0]), plan())
 
 
 def test_pooled_leaves_missing_pictures_out(cached: FeatureSamples, model: MixerModel) -> None:

@@ -51,10 +51,11 @@ def test_a_run_publishes_a_model_and_an_interrupted_one_goes_on(workspace: Path,
     # As if it had been stopped after the first epoch; one worker takes over from two.
     first = weights(workspace, report)
     shutil.rmtree(folder)
-    run = Checkpoints(open_storage(str(workspace)), report["version"])
+    run = Checkpoints(open_storage(str(workspace)), report["fingerprint"])
     shutil.rmtree(workspace / run.folder / "epoch-00001")
     resumed = train(run_config(workspace, architecture, workers=1))
-    assert resumed["version"] == report["version"]
+    assert resumed["fingerprint"] == report["fingerprint"]
+    folder = workspace / "models" / resumed["version"]
     assert resumed["history"][0] == report["history"][0], "the first epoch was trained again"
     np.testing.assert_allclose(losses(resumed), losses(report), rtol=1e-5)
     second = weights(workspace, resumed)
@@ -65,23 +66,21 @@ def test_a_run_publishes_a_model_and_an_interrupted_one_goes_on(workspace: Path,
 
 
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("trained", [2, 3])
+@pytest.mark.parametrize(("epochs", "trained"), [(1, 1), (2, 3)])
 def test_a_run_of_two_rounds_goes_on_between_and_within_them(
-    workspace: Path, architecture: ModelConfig, trained: int
+    workspace: Path, architecture: ModelConfig, epochs: int, trained: int
 ) -> None:
-    whole = train(run_config(workspace, architecture, rounds=2))
-    assert [entry["epoch"] for entry in whole["history"]] == [0, 1, 2, 3]
-    run = Checkpoints(open_storage(str(workspace)), whole["version"])
+    settings = {"epochs": epochs, "rounds": 2}
+    whole = train(run_config(workspace, architecture, **settings))
+    assert [entry["epoch"] for entry in whole["history"]] == list(range(2 * epochs))
+    run = Checkpoints(open_storage(str(workspace)), whole["fingerprint"])
     told = run.read_targets(1)
     assert (told.others[:12] == -6).all()
     assert torch.isneginf(told.others[12:]).all()
     shutil.rmtree(workspace / "models" / whole["version"])
-    for epoch in range(trained, 4):
-        shutil.rmtree(workspace / run.folder / f"epoch-{epoch:05d}", ignore_errors=True)
-    if not list((workspace / run.folder).glob("epoch-*/state.json")):
-        pytest.skip("its checkpoint is one of those that are not kept")
-    resumed = train(run_config(workspace, architecture, rounds=2, workers=1))
-    assert resumed["history"][:trained] == whole["history"][:trained]
+    shutil.rmtree(workspace / run.folder / f"epoch-{2 * epochs - 1:05d}")
+    resumed = train(run_config(workspace, architecture, **settings, workers=1))
+    assert resumed["history"][:trained] == whole["history"][:trained], "what was trained is trained again"
     np.testing.assert_allclose(losses(resumed), losses(whole), rtol=1e-4)
 
 

@@ -51,12 +51,13 @@ class LocalCluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_ADDRESS": "",
-            "NO_PROXY": ",".join(["127.0.0.1", "localhost", *os.environ.get("NO_PROXY", "").split(",")]),
+            **dict.fromkeys(("no_proxy", "NO_PROXY"), _past_proxies()),
             "PATH": f"{programs or Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONUNBUFFERED": "1",
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nobody else asks the service: end at once
             "MIXER_COMMIT": commit(ROOT) or "",  # jobs get the files, not the repository
             "HF_HUB_OFFLINE": "1",  # the demo's encoders are packages
+            "RAY_DEDUP_LOGS": "0",  # every epoch's line is told
         }
 
     def __enter__(self) -> LocalCluster:
@@ -210,6 +211,12 @@ def _last_report(output: str) -> dict[str, Any] | None:
             except ValueError:
                 continue
     return None
+
+
+def _past_proxies() -> str:
+    """Return what no_proxy must say: this machine, and what it says already, in either spelling."""
+    said = [os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY")]
+    return ",".join(filter(None, ["127.0.0.1", "localhost", *said]))
 
 
 def _free_port() -> int:

@@ -27,7 +27,7 @@ from mixer_platform.evaluate.job import find_truth
 from mixer_platform.loopback import open_url
 from mixer_platform.simulate.emoji import fetch
 from mixer_platform.simulate.job import drawings_beside
-from mixer_platform.storage import read_uri
+from mixer_platform.storage import read_uri, resolve_uri
 
 CONFIG, CONFIG_OF_YOUR_OWN = "jobs/configs/demo.yaml", "jobs/configs/local.yaml"
 _SHOWN_ROWS, _SHOWN_ITEMS = 8, 5
@@ -89,7 +89,9 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
             seconds["query"] = time.monotonic() - began
         job_seconds = time.monotonic() - started
     sheet = workspace / "contact_sheet.png"
-    sheet.write_bytes(draw_sheet(sheet_rows(questions[:_SHOWN_ROWS], replies[:_SHOWN_ROWS])))
+    shown = drawn(len(questions), _SHOWN_ROWS)
+    rows = sheet_rows([questions[row] for row in shown], [replies[row] for row in shown], data)
+    sheet.write_bytes(draw_sheet(rows))
 
     trained, p50 = reports["evaluate"], float(np.median(latencies))
     print(table(trained, seconds, reports, p50, len(questions)))
@@ -109,9 +111,14 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_questions(workspace: Path, report: str, count: int) -> list[dict[str, Any]]:
-    """Return some of the photos that an evaluation asked, spread over all of them."""
+    """Return some of the photos that an evaluation asked, drawn at random, the same each time."""
     rows = pq.read_table(workspace / "reports" / f"{report}.parquet").to_pylist()
-    return rows[:: max(1, len(rows) // count)][:count]
+    return [rows[row] for row in drawn(len(rows), count)]
+
+
+def drawn(total: int, count: int) -> list[int]:
+    """Draw up to `count` of `total` rows; in order, but at no regular distance, which may be that of something else."""
+    return sorted(np.random.default_rng(0).permutation(total)[:count].tolist())
 
 
 def ask(url: str, questions: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float]]:
@@ -127,13 +134,18 @@ def ask(url: str, questions: Sequence[dict[str, Any]]) -> tuple[list[dict[str, A
     return replies[1:], latencies[1:]
 
 
-def sheet_rows(questions: Sequence[dict], replies: Sequence[dict]) -> list[tuple[str, list[Found]]]:
+def sheet_rows(questions: Sequence[dict], replies: Sequence[dict], data: Path) -> list[tuple[str, list[Found]]]:
     """Return the rows of the contact sheet: what the service replied, judged by what is known."""
+
+    def picture(item: dict[str, Any]) -> str | None:
+        image = item["attributes"].get("image")
+        return resolve_uri(image, str(data)) if image else None
+
     rows = []
     for question, reply in zip(questions, replies, strict=True):
         relevant = set(question["relevant_item_ids"])
         found = [
-            Found(item["attributes"].get("image"), item["title"] or item["id"], item["score"], item["id"] in relevant)
+            Found(picture(item), item["title"] or item["id"], item["score"], item["id"] in relevant)
             for item in reply["items"]
         ]
         rows.append((question["image"], found))

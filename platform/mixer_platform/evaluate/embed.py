@@ -13,11 +13,11 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from mixer.config import ModelConfig
-from mixer.embedder import ImageFeatures, QueryEmbedder
+from mixer.embedder import QUERY_GRAPH, SETTINGS, ImageFeatures, QueryEmbedder
 from mixer.images import UnreadableImage, decode
 from mixer_platform import versions
 from mixer_platform.errors import MissingError
-from mixer_platform.inputs import REASON
+from mixer_platform.inputs import IMAGE, REASON
 from mixer_platform.storage import Storage, open_storage, read_uri
 
 PHOTO, ITEM = "photo", "item"
@@ -34,7 +34,7 @@ def picture_rows(batch: pa.Table, kind: str) -> pa.Table:
     if kind == ITEM:
         batch = batch.filter(pc.is_null(batch[REASON]))
     relevant = batch["relevant_item_ids"] if kind == PHOTO else pa.nulls(len(batch))
-    pictures = pc.if_else(pc.is_null(batch[REASON]), batch["image"], None)
+    pictures = pc.if_else(pc.is_null(batch[REASON]), batch[IMAGE], None)
     columns = [pa.array([kind] * len(batch), pa.string()), batch[0], pictures, relevant]
     return pa.table(columns, names=_ROWS.names).cast(_ROWS)
 
@@ -47,7 +47,8 @@ class PhotoWorker:
         storage = open_storage(uri)
         self.pooling = pooling
         with tempfile.TemporaryDirectory() as scratch:
-            self.model = QueryEmbedder(versions.fetch(storage, f"models/{model}", scratch))
+            names = (QUERY_GRAPH, SETTINGS)
+            self.model = QueryEmbedder(versions.fetch(storage, f"models/{model}", scratch, names))
             self.encoder = ImageFeatures(versions.fetch(storage, encoder, scratch)) if encoder else None
         self.threads = ThreadPoolExecutor(4)
 
@@ -86,14 +87,15 @@ def export_untrained(storage: Storage, architecture: ModelConfig) -> str:
     from mixer.encoders import image_encoder  # here, not at the top: the actors of this module need no torch
     from mixer.export import export_image_encoder
 
-    version = versions.fingerprint(architecture.image_encoder)
-    folder = f"encoders/{version}"
-    if versions.manifest(storage, "encoders", version) is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            export_image_encoder(image_encoder(architecture.image_encoder), Path(scratch))
-            versions.upload(storage, Path(scratch), folder)
-        versions.publish(storage, "encoders", version, {"image_encoder": architecture.image_encoder})
-    return folder
+    fingerprint = versions.fingerprint(architecture.image_encoder)
+    if done := versions.find(storage, "encoders", fingerprint):
+        return f"encoders/{done['version']}"
+    version = versions.new_version(fingerprint)
+    with tempfile.TemporaryDirectory() as scratch:
+        export_image_encoder(image_encoder(architecture.image_encoder), Path(scratch))
+        versions.upload(storage, Path(scratch), f"encoders/{version}")
+    versions.publish(storage, "encoders", version, {"image_encoder": architecture.image_encoder})
+    return f"encoders/{version}"
 
 
 def _picture(uri: str | None) -> Image.Image | None:

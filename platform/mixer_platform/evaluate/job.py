@@ -7,6 +7,7 @@ import platform
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -20,13 +21,13 @@ from mixer.config import ModelConfig
 from mixer.metrics import hit_at_k, macro, ndcg_at_k, relevance
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
-from mixer_platform.errors import InputError
+from mixer_platform.errors import ConflictError, InputError
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
 from mixer_platform.evaluate.embed import ITEM, PHOTO, PhotoWorker, export_untrained, picture_rows
 from mixer_platform.gallery import MISSING, IndexManifest, Shard, merge_top_k, read_manifest
 from mixer_platform.inputs import InputFiles, find_file, find_input, read_input
 from mixer_platform.schema import ITEMS, TRUTH, Table
-from mixer_platform.storage import Storage, open_storage
+from mixer_platform.storage import Storage, open_storage, resolve_uri
 
 KIND = "reports"
 _NDCG_K = 10
@@ -43,7 +44,8 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     index = read_manifest(storage)
     model = versions.require(storage, "models", index.model)
     truth = find_truth(config)
-    version = versions.fingerprint(index.version, truth.storage.uri, truth.tags, config.evaluate.model_dump())
+    gallery = versions.fingerprint_of(index.version)
+    version = versions.fingerprint(gallery, truth.storage.uri, truth.tags, config.evaluate.model_dump())
     if storage.tag(f"{KIND}/{version}.json"):
         return {**versions.read_json(storage, f"{KIND}/{version}.json"), "reused": True}
 
@@ -77,10 +79,17 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         "seed": config.evaluate.seed,
         "seconds": round(time.monotonic() - started, 2),
     }
-    storage.write(f"{KIND}/{version}.parquet", _photo_table(asked))
-    storage.write(f"{KIND}/{version}.png", _sheet(asked, results, relevant, config))
-    storage.publish(f"{KIND}/{version}.json", versions.to_json(report), replaces=None)
-    return report
+    return publish_report(storage, report, _photo_table(asked), _sheet(asked, results, relevant, config))
+
+
+def publish_report(storage: Storage, report: dict[str, Any], photos: bytes, sheet: bytes) -> dict[str, Any]:
+    """Write a report's files and return it, or the equal one that another run published meanwhile."""
+    address = f"{KIND}/{report['version']}"
+    files = {"parquet": photos, "png": sheet, "json": versions.to_json(report)}  # what shows the others comes last
+    for ending, content in files.items():
+        with suppress(ConflictError):
+            storage.publish(f"{address}.{ending}", content, replaces=None)
+    return versions.read_json(storage, f"{address}.json")
 
 
 def find_truth(config: RunConfig) -> InputFiles:
@@ -154,14 +163,19 @@ def _untrained_ranking(asked: pa.Table, items: pa.Table, depth: int) -> list[lis
 def _sheet(asked: pa.Table, results: list, relevant: list[set[str]], config: RunConfig) -> bytes:
     rng = np.random.default_rng(config.evaluate.seed)
     chosen = np.sort(rng.permutation(len(asked))[: config.evaluate.contact_sheet])
-    photos = asked["image"].to_pylist()
-    return draw_sheet([(photos[row], found_items(results[row][:5], relevant[row])) for row in chosen.tolist()])
+    photos, root = asked["image"].to_pylist(), open_storage(config.data).uri
+    return draw_sheet([(photos[row], found_items(results[row][:5], relevant[row], root)) for row in chosen.tolist()])
 
 
-def found_items(items: list[tuple[float, dict[str, Any]]], relevant: set[str]) -> list[Found]:
-    """Return what a contact sheet shows of search results, given what is right."""
+def found_items(items: list[tuple[float, dict[str, Any]]], relevant: set[str], root: str) -> list[Found]:
+    """Return what a contact sheet shows of search results, given what is right and where the items' pictures are."""
     return [
-        Found(item.get("image"), item.get("title") or item["item_id"], score, item["item_id"] in relevant)
+        Found(
+            resolve_uri(image, root) if (image := item.get("image")) else None,
+            item.get("title") or item["item_id"],
+            score,
+            item["item_id"] in relevant,
+        )
         for score, item in items
     ]
 

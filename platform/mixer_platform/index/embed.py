@@ -10,11 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mixer.embedder import ItemEmbedder, item_text
+from mixer.embedder import ITEM_GRAPH, SETTINGS, TOKENIZER, ItemEmbedder, item_text
 from mixer.images import UnreadableImage, decode
 from mixer_platform import versions
 from mixer_platform.errors import MissingError
-from mixer_platform.inputs import RAW, REASON
+from mixer_platform.inputs import IMAGE, REASON, unmarked
 from mixer_platform.storage import open_storage, read_uri
 
 STATE = "__state"
@@ -27,14 +27,15 @@ class ItemWorker:
     def __init__(self, uri: str, model: str) -> None:
         self.model = model
         with tempfile.TemporaryDirectory() as scratch:
-            self.embedder = ItemEmbedder(versions.fetch(open_storage(uri), f"models/{model}", scratch))
+            names = (ITEM_GRAPH, SETTINGS, TOKENIZER)
+            self.embedder = ItemEmbedder(versions.fetch(open_storage(uri), f"models/{model}", scratch, names))
         self.threads = ThreadPoolExecutor(4)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        batch = batch.filter(pc.is_null(batch[REASON])).drop_columns([REASON, RAW])
+        batch = batch.filter(pc.is_null(batch[REASON]))
         titles, descriptions = batch["title"].to_pylist(), batch["description"].to_pylist()
         texts = [item_text(title, description) for title, description in zip(titles, descriptions, strict=True)]
-        data = list(self.threads.map(_picture, batch["image"].to_pylist()))
+        data = list(self.threads.map(_picture, batch[IMAGE].to_pylist()))
         pictures = [_decoded(picture) for picture in data]
         states, prints = [], []
         for text, raw, picture in zip(texts, data, pictures, strict=True):
@@ -42,7 +43,7 @@ class ItemWorker:
             prints.append(content_fingerprint(raw, text, self.model))
         embedded: Any = self.embedder(pictures, texts) if len(batch) else []
         vectors = pa.array([list(vector) for vector in embedded], pa.list_(pa.float32(), self.embedder.dim))
-        batch = batch.append_column("embedding", vectors)
+        batch = unmarked(batch).append_column("embedding", vectors)
         batch = batch.append_column("fingerprint", pa.array(prints, pa.string()))
         return batch.append_column(STATE, pa.array(states, pa.string()))
 

@@ -18,7 +18,7 @@ import pyarrow.dataset
 import ray
 import ray.data
 
-from mixer.embedder import QueryEmbedder
+from mixer.embedder import QUERY_GRAPH, SETTINGS, QueryEmbedder
 from mixer.images import UnreadableImage, decode
 from mixer.metrics import recall_of_neighbours
 from mixer_platform import versions
@@ -34,7 +34,7 @@ from mixer_platform.index.shards import (
     training_size,
     write_shard,
 )
-from mixer_platform.inputs import REASON, InputFiles, find_input, read_input
+from mixer_platform.inputs import IMAGE, REASON, InputFiles, find_input, read_input
 from mixer_platform.schema import ITEMS, QUERIES
 from mixer_platform.storage import Storage, open_storage, read_uri
 
@@ -58,13 +58,15 @@ def build(config: RunConfig) -> dict[str, Any]:
     items = find_input(config.data, ITEMS)
     embeddings = embed_items(storage, items, model, config)
     settings = config.index.model_dump(exclude={"model", "embedders", "batch_size"})
-    version = versions.fingerprint(embeddings["version"], settings)
-    manifest = versions.manifest(storage, KIND, version)
+    fingerprint = versions.fingerprint(versions.fingerprint_of(embeddings["version"]), settings)
+    manifest = versions.find(storage, KIND, fingerprint)
     if manifest is None:
+        version = versions.new_version(fingerprint)
         manifest = _build_shards(storage, version, embeddings, config)
         manifest = {**manifest, "seconds": round(time.monotonic() - started, 2)}
         manifest = versions.publish(storage, KIND, version, manifest)
     else:
+        version = manifest["version"]
         _log.info("index %s is there already", version)
         manifest = {**manifest, "reused": True}
     if current is None or storage.read(CURRENT).decode().strip() != version:
@@ -74,12 +76,13 @@ def build(config: RunConfig) -> dict[str, Any]:
 
 def embed_items(storage: Storage, items: InputFiles, model: str, config: RunConfig) -> dict[str, Any]:
     """Write `embeddings/<version>/` unless it is there; return its manifest."""
-    version = versions.fingerprint(items.storage.uri, items.tags, model)
-    if done := versions.manifest(storage, EMBEDDINGS, version):
-        _log.info("embeddings %s are there already", version)
+    # The model's version, not its fingerprint: trained again it is the same up to rounding only.
+    fingerprint = versions.fingerprint(items.storage.uri, items.tags, model)
+    if done := versions.find(storage, EMBEDDINGS, fingerprint):
+        _log.info("embeddings %s are there already", done["version"])
         return done
+    version = versions.new_version(fingerprint)
     folder = f"{EMBEDDINGS}/{version}"
-    storage.delete(folder)
     rows = read_input(items).repartition(config.prepare.partitions, keys=["item_id"])
     rows = rows.map_batches(_first_of_each, batch_format="pyarrow", batch_size=None)
     # One batch a block: the embedders then end together.
@@ -113,7 +116,6 @@ def _first_of_each(batch: pa.Table) -> pa.Table:
 
 
 def _build_shards(storage: Storage, version: str, embeddings: dict[str, Any], config: RunConfig) -> dict[str, Any]:
-    storage.delete(f"{KIND}/{version}")
     model, wish = embeddings["model"], config.index
     dim = versions.require(storage, "models", model)["dim"]
     factory = factory_for(embeddings["items"], wish.factory)
@@ -222,7 +224,8 @@ def _sample(storage: Storage, version: str, size: int) -> np.ndarray:
 def _recall_queries(storage: Storage, model: str, config: RunConfig) -> np.ndarray:
     """Embed some of the shop's query photos, float32 [n, dim]: recall is measured on what people will ask."""
     with tempfile.TemporaryDirectory() as scratch:
-        embedder = QueryEmbedder(versions.fetch(storage, f"models/{model}", scratch))
+        names = (QUERY_GRAPH, SETTINGS)
+        embedder = QueryEmbedder(versions.fetch(storage, f"models/{model}", scratch, names))
     pixels: list[np.ndarray] = []
     rows = read_input(find_input(config.data, QUERIES)).iter_rows()
     for row in itertools.islice(rows, 4 * config.index.recall_queries):
@@ -230,7 +233,7 @@ def _recall_queries(storage: Storage, model: str, config: RunConfig) -> np.ndarr
             break
         try:
             if row[REASON] is None:
-                pixels.append(embedder.preprocess(decode(read_uri(row["image"]))))
+                pixels.append(embedder.preprocess(decode(read_uri(row[IMAGE]))))
         except (UnreadableImage, StorageError):
             continue
     if not pixels:

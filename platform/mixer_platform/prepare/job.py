@@ -21,8 +21,9 @@ from mixer.labeling import Labels, organise
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import InputError
-from mixer_platform.inputs import REASON, find_input, read_input
+from mixer_platform.inputs import REASON, count_rows, find_input, read_input
 from mixer_platform.prepare import rows
+from mixer_platform.prepare.counts import balanced, most_frequent, rows_used
 from mixer_platform.schema import ITEMS, LOGS, QUERIES
 from mixer_platform.storage import Storage, open_storage
 
@@ -45,32 +46,35 @@ _log = logging.getLogger(__name__)
 def prepare(config: RunConfig) -> dict[str, Any]:
     """Write `samples/<version>/` from the input tables and return its report; a version there already is kept.
 
-    Raises InputError for input that cannot be used, StorageError for a workspace that cannot.
+    Raises InputError for input that cannot be used, StorageError for a workspace that cannot, MixerError if rows are
+    lost on the way.
     """
     started = time.monotonic()
     storage = open_storage(config.workspace)
     inputs = {table: find_input(config.data, table) for table in (ITEMS, QUERIES, LOGS)}
-    version = versions.fingerprint(
+    fingerprint = versions.fingerprint(
         [config.data, [files.tags for files in inputs.values()]], config.prepare.model_dump(exclude={"partitions"})
     )
-    if done := versions.manifest(storage, KIND, version):
-        _log.info("samples %s are there already", version)
+    if done := versions.find(storage, KIND, fingerprint):
+        _log.info("samples %s are there already", done["version"])
         return {**done, "reused": True}
+    version = versions.new_version(fingerprint)
     folder = f"{KIND}/{version}"
-    storage.delete(folder)  # what an interrupted run left
+    rows_in = {table.name: count_rows(files) for table, files in inputs.items()}
+    for name, count in rows_in.items():
+        if not count:
+            raise InputError(f"{config.data}/{name}: no rows; prepare learns from what people clicked")
     ray.data.DataContext.get_current().default_hash_shuffle_parallelism = config.prepare.partitions
 
     items = _checked(read_input(inputs[ITEMS]), "item_id", config)
     queries = _checked(read_input(inputs[QUERIES]), "query_id", config)
     logs = _marked_logs(read_input(inputs[LOGS]), queries, items, config)
-    if not logs.count():
-        raise InputError(f"{config.data}/logs: no rows; prepare learns from what people clicked")
-
     labels = organise_logs(logs, items, config)
     unlabelled = partial(rows.mark_others, key="query_id", values=labels.queries["query_id"].combine_chunks())
     queries = queries.map_batches(partial(unlabelled, reason="no usable click says what it shows"), **_ARROW)
-    tables = _write_quarantine({"items": items, "queries": queries, "logs": logs}, storage, folder)
+    reasons = _write_quarantine({"items": items, "queries": queries, "logs": logs}, storage, folder)
     _write_samples(items, queries, labels, storage, folder)
+    tables = balanced(config.data, rows_in, rows_used(logs, storage, folder), reasons)
     classes = _classes(labels)
     storage.write(f"{folder}/classes.parquet", _parquet(classes))
 
@@ -132,7 +136,7 @@ def organise_logs(logs: Dataset, items: Dataset, config: RunConfig) -> Labels:
     sums = counted.groupby(keys).aggregate(*(Sum(name, alias_name=name) for name in COUNTS.names[len(keys) :]))
     counts = _collect(sums, COUNTS)
     if not pc.sum(counts["clicks"]).as_py():
-        raise InputError(f"{config.data}/logs: no usable click; see the reasons in quarantine and mend the logs")
+        raise InputError(f"{config.data}/logs: no usable click, mend the logs ({most_frequent(logs)})")
     titles = [rows.sound(batch).select(_TITLES.names).cast(_TITLES) for batch in _batches(items)]
     return organise(counts, pa.concat_tables(titles), config.prepare.labeling)
 
@@ -202,8 +206,8 @@ def _classes(labels: Labels) -> pa.Table:
     return pa.table({"class_id": items["class_id"], "size": pa.array(sizes, pa.int64()), "item_ids": members})
 
 
-def _write_quarantine(tables: dict[str, Dataset], storage: Storage, folder: str) -> dict[str, Any]:
-    """Write the marked rows of all tables; return rows_in, rows_out and the count of each reason for each table."""
+def _write_quarantine(tables: dict[str, Dataset], storage: Storage, folder: str) -> dict[str, dict[str, int]]:
+    """Write the marked rows of all tables; return the count of each reason for each table."""
     marked = [
         table.map_batches(partial(rows.quarantined, table=name), **_ARROW, batch_size=None)
         for name, table in tables.items()
@@ -214,12 +218,8 @@ def _write_quarantine(tables: dict[str, Dataset], storage: Storage, folder: str)
     reasons: collections.Counter[tuple[str, str]] = collections.Counter()
     for batch in _batches(bad):
         reasons.update(zip(batch["table"].to_pylist(), batch["reason"].to_pylist(), strict=True))
-    report = {}
-    for name, table in tables.items():
-        counts = {reason: count for (owner, reason), count in sorted(reasons.items()) if owner == name}
-        rows_in = table.count()
-        report[name] = {"rows_in": rows_in, "rows_out": rows_in - sum(counts.values()), "quarantined": counts}
-    return report
+    ordered = sorted(reasons.items())
+    return {name: {reason: count for (owner, reason), count in ordered if owner == name} for name in tables}
 
 
 def _batches(table: Dataset) -> list[pa.Table]:

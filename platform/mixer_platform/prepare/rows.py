@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from mixer.images import UnreadableImage, decode
 from mixer_platform.errors import MissingError
-from mixer_platform.inputs import RAW, REASON
+from mixer_platform.inputs import IMAGE, OTHERS, RAW, REASON, unmarked
 from mixer_platform.storage import read_uri
 
 QUARANTINE = pa.schema([("table", pa.string()), ("reason", pa.string()), ("raw", pa.string())])
@@ -31,11 +31,13 @@ def mark_repeats(batch: pa.Table, key: str) -> pa.Table:
 def mark_references(batch: pa.Table, key: str, state: str) -> pa.Table:
     """Mark sound rows by what a join said of the row that `key` names, and drop the column `state`.
 
+    The reason tells the other row's reason too.
     `state` is null where nothing was found, empty where the row is sound, else the reason why it is not.
     """
     found = batch[state]
     batch = mark(batch, pc.is_null(found), f"{key} is unknown")
-    batch = mark(batch, pc.not_equal(found, ""), f"{key} is in quarantine")
+    because = pc.binary_join_element_wise(f"{key} is in quarantine", pc.cast(found, pa.string()), ": ")
+    batch = mark(batch, pc.not_equal(found, ""), because)
     return batch.drop_columns(state)
 
 
@@ -55,14 +57,14 @@ def mark_robots(batch: pa.Table, clicks: int) -> pa.Table:
 def mark_pictures(batch: pa.Table, min_side: int) -> pa.Table:
     """Mark sound rows whose picture cannot be read or decoded; a null picture is no fault."""
     sound = pc.is_null(batch[REASON]).to_pylist()
-    uris = [uri if ok else None for uri, ok in zip(batch["image"].to_pylist(), sound, strict=True)]
+    uris = [uri if ok else None for uri, ok in zip(batch[IMAGE].to_pylist(), sound, strict=True)]
     with ThreadPoolExecutor(8) as threads:  # pictures may be far away
         reasons = pa.array(threads.map(partial(_picture_fault, min_side=min_side), uris), pa.string())
     return _set_reason(batch, pc.coalesce(batch[REASON], reasons))
 
 
-def mark(batch: pa.Table, bad: pa.Array | pa.ChunkedArray, reason: str) -> pa.Table:
-    """Give `reason` to the rows that are `bad` (null counts as not) and have none yet."""
+def mark(batch: pa.Table, bad: pa.Array | pa.ChunkedArray, reason: str | pa.ChunkedArray) -> pa.Table:
+    """Give `reason`, or each its own, to the rows that are `bad` (null counts as not) and have none yet."""
     first = pc.and_(pc.is_null(batch[REASON]), pc.fill_null(bad, False))
     return _set_reason(batch, pc.if_else(first, reason, pc.cast(batch[REASON], pa.string())))
 
@@ -70,15 +72,19 @@ def mark(batch: pa.Table, bad: pa.Array | pa.ChunkedArray, reason: str) -> pa.Ta
 def quarantined(batch: pa.Table, table: str) -> pa.Table:
     """Return the marked rows as QUARANTINE; a row that came with no raw text is written from its columns."""
     bad = batch.filter(pc.is_valid(batch[REASON]))
-    rows = bad.drop_columns([REASON, RAW]).to_pylist()
-    raw = [text or json.dumps(row, default=str) for text, row in zip(bad[RAW].to_pylist(), rows, strict=True)]
+    others = bad[OTHERS].to_pylist() if OTHERS in bad.column_names else [None] * len(bad)
+    given = zip(bad[RAW].to_pylist(), unmarked(bad).to_pylist(), others, strict=True)
+    raw = [text or json.dumps(row | json.loads(more or "{}"), default=str) for text, row, more in given]
     columns = [pa.array([table] * len(raw), pa.string()), pc.cast(bad[REASON], pa.string()), pa.array(raw, pa.string())]
     return pa.table(columns, schema=QUARANTINE)
 
 
 def sound(batch: pa.Table) -> pa.Table:
-    """Return the rows with no reason against them."""
-    return batch.filter(pc.is_null(batch[REASON])).drop_columns([REASON, RAW])
+    """Return the rows with no reason against them; their `image` is the picture's absolute URI."""
+    batch = batch.filter(pc.is_null(batch[REASON]))
+    if IMAGE in batch.column_names:
+        batch = batch.set_column(batch.column_names.index("image"), "image", batch[IMAGE])
+    return unmarked(batch)
 
 
 def _set_reason(batch: pa.Table, reasons: pa.Array | pa.ChunkedArray) -> pa.Table:
@@ -90,8 +96,9 @@ def _picture_fault(uri: str | None, min_side: int) -> str | None:
         return None
     try:
         decode(read_uri(uri), min_side)
-    except MissingError:
-        return "picture cannot be read"
+    except MissingError as error:
+        why = str(error).rpartition(": ")[2]  # without the address, so that equal faults are counted together
+        return f"picture cannot be read: {why}"
     except UnreadableImage as error:
         return str(error)
     return None

@@ -27,7 +27,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     """
     if "config" not in args:
         raise ConfigError("args of mixer_platform.serve.app:build: config is missing; give the path of a run's YAML")
-    overrides = [f"{key}={json.dumps(value)}" for key, value in args.items() if key != "config"]
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in args.items()}
+    overrides = [f"{key}={text}" for key, text in texts.items() if key != "config"]
     config = load_config(args["config"], overrides)
     return application(config, read_manifest(open_storage(config.workspace), config.serve.index))
 

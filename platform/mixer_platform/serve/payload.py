@@ -63,6 +63,7 @@ class _FormFields(BaseModel):
 
 async def read_search(request: Request, config: ServeConfig) -> tuple[bytes, int]:
     """Return the photo and k of a search. Raises ApiError."""
+    _refuse_query(request)
     if _content_type(request) == JSON:
         body = _parse(_SearchBody, await request.body())
         photo = _decode_base64(body.image)
@@ -77,6 +78,7 @@ async def read_search(request: Request, config: ServeConfig) -> tuple[bytes, int
 
 async def read_batch(request: Request, config: ServeConfig) -> tuple[list[bytes | ApiError], int]:
     """Return the photos of a batch, an error in the place of one that is not base64, and k. Raises ApiError."""
+    _refuse_query(request)
     photos: list[bytes | ApiError]
     if _content_type(request) == JSON:
         body = _parse(_BatchBody, await request.body())
@@ -122,6 +124,11 @@ def _schema(name: str, value: dict[str, Any], config: ServeConfig, batch: bool) 
         value = {"type": "array", "items": value, "minItems": 1, "maxItems": config.max_photos}
     properties = {name: value, "k": k_schema(config)}
     return {"type": "object", "properties": properties, "required": [name], "additionalProperties": False}
+
+
+def _refuse_query(request: Request) -> None:
+    for name in request.query_params:  # passed over in silence, it would seem to work
+        raise invalid(f"{name} is in the query string; send it as a field of the body, beside the photo")
 
 
 def _content_type(request: Request) -> str:

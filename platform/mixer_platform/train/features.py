@@ -19,15 +19,16 @@ from torch import Tensor
 from mixer.config import ModelConfig
 from mixer.embedder import ImageFeatures, TextFeatures
 from mixer.export import export_encoders
-from mixer.images import augment, decode
+from mixer.images import augment
 from mixer.sampling import EpochPlan
 from mixer.targets import concatenate, pool_evidence
 from mixer.towers import MixerModel, Towers
 from mixer.training import Batch
 from mixer_platform import versions
 from mixer_platform.config import TrainConfig
-from mixer_platform.storage import Storage, open_storage, read_uri
+from mixer_platform.storage import Storage, open_storage
 from mixer_platform.train.labels import LABELS, in_training_order, read_labels
+from mixer_platform.train.pictures import read_picture
 
 KIND = "features"
 _BLOCK_ROWS = 64
@@ -36,14 +37,13 @@ _log = logging.getLogger(__name__)
 
 def cache_features(storage: Storage, samples: str, model: ModelConfig, train: TrainConfig) -> str:
     """Compute `features/<version>/` for a samples version unless it is there, and return the version."""
-    version = versions.fingerprint(
-        samples, model.image_encoder, model.text_encoder, model.max_tokens, model.pooling, train.views, train.seed
-    )
-    if versions.manifest(storage, KIND, version):
-        _log.info("features %s are there already", version)
-        return version
+    settings = [model.image_encoder, model.text_encoder, model.max_tokens, model.pooling, train.views, train.seed]
+    fingerprint = versions.fingerprint(versions.fingerprint_of(samples), *settings)
+    if done := versions.find(storage, KIND, fingerprint):
+        _log.info("features %s are there already", done["version"])
+        return done["version"]
+    version = versions.new_version(fingerprint)
     folder = f"{KIND}/{version}"
-    storage.delete(folder)
     with tempfile.TemporaryDirectory() as scratch:
         export_encoders(MixerModel(model), Path(scratch))
         versions.upload(storage, Path(scratch), f"{folder}/encoders")
@@ -73,7 +73,7 @@ class FeatureWorker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
-        pictures = [None if row["image"] is None else decode(read_uri(row["image"])) for row in rows]
+        pictures = [None if row["image"] is None else read_picture(row["image"]) for row in rows]
         views = [self._views(row["sample_id"], picture) for row, picture in zip(rows, pictures, strict=True)]
         items = [row for row in rows if row["kind"] == "item"]
         tokens = self._tokens([row["text"] for row in items])

@@ -44,9 +44,9 @@ def train(config: RunConfig) -> dict[str, Any]:
     samples = versions.require(storage, "samples", config.train.samples)
     # What changes neither the samples nor the steps makes no new run.
     settings = config.train.model_dump(exclude=_NOT_LEARNED_FROM)
-    version = versions.fingerprint(samples["version"], config.model.model_dump(), settings)
-    if done := versions.manifest(storage, KIND, version):
-        _log.info("model %s is there already", version)
+    run = versions.fingerprint(versions.fingerprint_of(samples["version"]), config.model.model_dump(), settings)
+    if done := versions.find(storage, KIND, run):
+        _log.info("model %s is there already", done["version"])
         return {**done, "reused": True}
 
     try:
@@ -58,7 +58,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         features = cache_features(storage, samples["version"], config.model, config.train)
     job = {
         "workspace": storage.uri,
-        "run": version,
+        "run": run,
         "samples": samples["version"],
         "features": features,
         "widths": widths,
@@ -68,7 +68,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     }
     cached = time.monotonic()
     _fit(job, config)
-    checkpoints = Checkpoints(storage, version)
+    checkpoints = Checkpoints(storage, run)
     state = checkpoints.latest()
     assert state is not None, "Ray Train returned without error, so the last epoch is written"
     report = {
@@ -79,6 +79,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         "seconds_features": round(cached - started, 2),
         "seconds": round(time.monotonic() - started, 2),
     }
+    version = versions.new_version(run)
     _publish(storage, version, checkpoints, state["epoch"], config.model, report)
     return versions.publish(storage, KIND, version, report)
 

@@ -8,14 +8,24 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from PIL import Image
 from torch import Tensor
 
-from mixer.images import augment, decode
+from mixer.images import UnreadableImage, augment, decode
 from mixer.sampling import EpochPlan
 from mixer.towers import MixerModel
 from mixer.training import Batch
+from mixer_platform.errors import InputError
 from mixer_platform.storage import Storage, read_uri
 from mixer_platform.train.labels import in_training_order, read_labels
+
+
+def read_picture(uri: str) -> Image.Image:
+    """Return the decoded picture of a sample. Raises InputError if it broke since prepare read it."""
+    try:
+        return decode(read_uri(uri))
+    except UnreadableImage as error:
+        raise InputError(f"{uri}: {error}; prepare could still read it, put the whole picture back") from error
 
 
 class PictureSamples:
@@ -66,7 +76,7 @@ class PictureSamples:
     def _decoded(self, row: int, plan: EpochPlan | None) -> np.ndarray:
         if self._images[row] is None:
             return np.zeros((self._preprocess.size, self._preprocess.size, 3), np.uint8)
-        picture = decode(read_uri(self._images[row]))
+        picture = read_picture(self._images[row])
         if plan is not None and plan.view[row]:
             picture = augment(picture, np.random.default_rng([self._seed, row, int(plan.view[row])]))
         return self._preprocess(picture)
