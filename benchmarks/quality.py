@@ -230,7 +230,7 @@ def shared_evidence(bench: Bench) -> Targets:
     """Return the product's targets after photos that look alike have shared theirs."""
     photos, items = torch.arange(bench.photos), torch.arange(bench.photos, len(bench.samples.labels))
     features = bench.samples.photos[:, 0].float()
-    pooled = pool_evidence(features, bench.samples.targets[photos], bench.config.train.neighbours)
+    pooled = pool_evidence(features, bench.samples.targets[photos], bench.classes, bench.config.train.neighbours)
     return concatenate([pooled, bench.samples.targets[items]])
 
 
@@ -297,7 +297,7 @@ def main() -> None:
         "infonce": lambda seed: contrast(bench, seed),
         "arcface": lambda seed: classify(bench, seed, *most_clicked(bench)),
         "mixer": lambda seed: classify(bench, seed, shared, classes, rounds=bench.config.train.rounds),
-        "mixer_one_round": lambda seed: classify(bench, seed, shared, classes),
+        "mixer_two_rounds": lambda seed: classify(bench, seed, shared, classes, rounds=2),
         "mixer_alone": lambda seed: classify(bench, seed, bench.samples.targets, classes),
         "mixer_certain": lambda seed: classify(bench, seed, likeliest_only(bench), classes),
         "mixer_one_transformation": lambda seed: classify(bench, seed, shared, classes, shared=True),
@@ -308,11 +308,11 @@ def main() -> None:
         "infonce": "InfoNCE on clicked pairs",
         "arcface": "margin softmax, class = most clicked item",
         "mixer": "Mixer",
-        "mixer_one_round": "  one round",
-        "mixer_alone": "  one round, photos share no evidence",
-        "mixer_certain": "  one round, certain of the likeliest class",
-        "mixer_one_transformation": "  one round, one transformation for both",
-        "mixer_no_text": "  one round, no text",
+        "mixer_two_rounds": "  two rounds",
+        "mixer_alone": "  photos share no evidence",
+        "mixer_certain": "  certain of the likeliest class",
+        "mixer_one_transformation": "  one transformation for both",
+        "mixer_no_text": "  no text",
     }
     results = {"zero_shot": figures_of(bench, [untrained_hits(bench)], 0.0)}
     for name, method in methods.items():

@@ -20,6 +20,8 @@ from mixer.clicks import COUNTS, ClickModel, begins, evidence, examination, fit_
 from mixer.multicut import greedy_multicut
 
 _DECISIVE = 6.0  # nats of behaviour beyond which a pair of items teaches what titles are worth
+_SURE_SHOWN = 0.99
+_TINY = 1e-12
 _WORD = re.compile(r"\w+")
 
 
@@ -41,9 +43,9 @@ class Labels:
     """Classes of items, and what the logs say of photos.
 
     items: item_id, class_id. queries, those with a click: query_id, class_id (the likeliest), confidence (its
-    probability if every class is as likely before), candidates (list of class_id), evidence (list, nats for each
-    candidate: ln P(events | the photo shows it) - ln P(events | it does not); 0 for every other class). examination: as
-    `mixer.clicks.examination`. model: the click model that was fitted.
+    probability), candidates (list of class_id), evidence (list, nats for each candidate: ln P(events | the photo shows
+    it) - ln P(events | it does not)), unseen (nats of every other class: negative, for an engine that is any good shows
+    what is in the photo). examination: as `mixer.clicks.examination`. model: the click model that was fitted.
     """
 
     items: pa.Table
@@ -203,10 +205,10 @@ def photo_evidence(pairs: pa.Table, items: pa.Table, candidates: int) -> pa.Tabl
     label, highest = (table.filter(pa.array(first))[name].to_numpy() for name in ("class_id", "evidence"))
     starts, photo = np.flatnonzero(first), np.cumsum(first) - 1
     shown = np.diff(starts, append=len(table))
-    relative = np.exp(table["evidence"].to_numpy() - highest[photo])
-    # Classes of which nothing was shown have evidence 0.
-    total = np.bincount(photo, relative, len(starts)) + (classes - shown) * np.exp(-np.maximum(highest, -700))
-    confidence = 1 / np.maximum(total, 1.0)
+    total = np.bincount(photo, np.exp(table["evidence"].to_numpy() - highest[photo]), len(starts))
+    unseen = odds_unseen(np.log(np.maximum(total, 1.0)) + highest, shown, classes)
+    rest = np.log(np.maximum(classes - shown, _TINY)) + unseen
+    confidence = np.exp(-np.logaddexp(np.log(np.maximum(total, 1.0)), rest - highest))
 
     table = table.sort_by([("query_id", "ascending"), ("strength", "descending"), ("class_id", "ascending")])
     rank = np.arange(len(table)) - np.repeat(starts, shown)
@@ -219,8 +221,28 @@ def photo_evidence(pairs: pa.Table, items: pa.Table, candidates: int) -> pa.Tabl
             "confidence": pa.array(confidence, pa.float32()),
             "candidates": pa.ListArray.from_arrays(offsets, kept["class_id"].combine_chunks()),
             "evidence": pa.ListArray.from_arrays(offsets, pc.cast(kept["evidence"], pa.float32()).combine_chunks()),
+            "unseen": pa.array(unseen, pa.float32()),
         }
     )
+
+
+def odds_unseen(said: np.ndarray, shown: np.ndarray, classes: int) -> np.ndarray:
+    """Return, for each photo, the log-odds of a class of which nothing was shown against one that was, before clicks.
+
+    How often the thing in the photo is among what is shown is estimated by EM, and held below `_SURE_SHOWN`.
+
+    Args:
+        said: log of the sum of exponentials of the evidence of the classes shown, [photos].
+        shown: number of classes shown, [photos].
+        classes: number of all classes.
+    """
+    share = 0.5
+    for _ in range(50):
+        odds = said - np.log(np.maximum(shown, 1)) + np.log(share) - np.log1p(-share)
+        among = 1 / (1 + np.exp(-np.clip(odds, -50, 50)))
+        share = float(np.clip(among.mean() if len(among) else share, 1 - _SURE_SHOWN, _SURE_SHOWN))
+    each, other = share / np.maximum(shown, 1), (1 - share) / np.maximum(classes - shown, 1)
+    return np.minimum(np.log(other) - np.log(each), 0.0)
 
 
 def _summed(table: pa.Table, value: str, least: float, most: float) -> pa.Table:

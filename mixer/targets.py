@@ -10,6 +10,7 @@ from torch import Tensor
 
 PADDING = -1
 _MOST_AGAINST, _MOST_FOR = -5.0, 8.0  # nats that one neighbour's evidence may count before its weight
+_SURE = 0.9  # confidence from which photos show how far looking alike means being alike
 
 
 @dataclass
@@ -72,17 +73,24 @@ def concatenate(parts: list[Targets]) -> Targets:
 
 
 def pool_evidence(
-    features: Tensor, targets: Targets, neighbours: int, strength: float = 3.0, temperature: float = 0.125,
+    features: Tensor,
+    targets: Targets,
+    classes: int,
+    neighbours: int,
+    strength: float = 3.0,
+    temperature: float = 0.125,
     chunk: int = 1024,
-) -> Targets:  # fmt: skip
+) -> Targets:
     """Add to each photo's evidence that of the photos which look like it.
 
     Wrong clicks are made by chance or by the engine, looks are not: what a few clicks leave open, the clicks on a dozen
-    photos of the same thing decide. Each neighbour counts strength * exp((cosine - 1) / temperature).
+    photos of the same thing decide. Each neighbour counts trust * strength * exp((cosine - 1) / temperature); trust is
+    the share of neighbours, so weighted, that are of one class where both are sure of theirs.
 
     Args:
         features: [n, width], of the untrained encoder.
         targets: of n photos; the result keeps their k strongest classes.
+        classes: number of all classes.
         neighbours: how many are asked.
         chunk: rows compared at once; memory is chunk x n, time n x n.
     """
@@ -91,21 +99,39 @@ def pool_evidence(
     if neighbours < 1:
         return targets
     unit = F.normalize(features - features.mean(dim=0), dim=1)
+    found = [_nearest(unit, start, chunk, neighbours) for start in range(0, count, chunk)]
+    nearest, index = (torch.cat(parts) for parts in zip(*found, strict=True))
+    weight = ((nearest - 1) / temperature).exp()
+    weight = strength * _trust(targets, classes, index, weight) * weight
     said = targets.evidence.clamp(_MOST_AGAINST, _MOST_FOR)
-    classes, evidence = [], []
+    kept, total = [], []
     for start in range(0, count, chunk):
-        cosines = unit[start : start + chunk] @ unit.T
-        rows = torch.arange(len(cosines))
-        cosines[rows, rows + start] = -torch.inf
-        nearest, index = cosines.topk(neighbours, dim=1)
-        weight = strength * ((nearest - 1) / temperature).exp()
-        own = slice(start, start + len(cosines))
-        every = torch.cat([targets.classes[own], targets.classes[index].flatten(1)], dim=1)
-        values = torch.cat([targets.evidence[own], (weight[..., None] * said[index]).flatten(1)], dim=1)
-        kept, total = _strongest(every, values, width)
-        classes.append(kept)
-        evidence.append(total)
-    return Targets(torch.cat(classes), torch.cat(evidence), targets.others, targets.weights)
+        own = slice(start, start + chunk)
+        named = torch.cat([targets.classes[own], targets.classes[index[own]].flatten(1)], dim=1)
+        above = targets.evidence[own] - targets.others[own, None]  # over a class that nobody names
+        values = torch.cat([above, (weight[own, :, None] * said[index[own]]).flatten(1)], dim=1)
+        parts = _strongest(named, values, width)
+        kept.append(parts[0])
+        total.append(parts[1])
+    return Targets(torch.cat(kept), torch.cat(total) + targets.others[:, None], targets.others, targets.weights)
+
+
+def _nearest(unit: Tensor, start: int, chunk: int, count: int) -> tuple[Tensor, Tensor]:
+    """Return cosines and rows of the nearest others of some rows, best first."""
+    cosines = unit[start : start + chunk] @ unit.T
+    rows = torch.arange(len(cosines))
+    cosines[rows, rows + start] = -torch.inf
+    best = cosines.topk(count, dim=1)
+    return best.values, best.indices
+
+
+def _trust(targets: Targets, classes: int, index: Tensor, weight: Tensor) -> float:
+    """Return how often a neighbour is of the same class, weighted, where both are sure; one that is not is imagined."""
+    named = targets.evidence.masked_fill(targets.classes == PADDING, -torch.inf)
+    labels = targets.classes.gather(1, named.argmax(dim=1, keepdim=True)).squeeze(1)
+    sure = targets.confidence(classes) > _SURE
+    counted = weight * (sure[:, None] & sure[index])
+    return float((counted * (labels[:, None] == labels[index])).sum() / (counted.sum() + 1))
 
 
 def from_belief(classes: Tensor, belief: Tensor, floor: float, weights: Tensor) -> Targets:

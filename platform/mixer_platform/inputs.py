@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +19,7 @@ import ray.data
 
 from mixer_platform.errors import InputError
 from mixer_platform.schema import Table, broken_rows, check_attributes, check_schema, conform
-from mixer_platform.storage import LocalStorage, Storage, open_storage, resolve_uri
+from mixer_platform.storage import LocalStorage, Storage, file_tag, open_storage, resolve_uri
 
 REASON = "__reason"  # why a row is not used, null if it is
 RAW = "__raw"  # a row that is broken by itself, as JSON
@@ -64,6 +66,29 @@ def find_file(path: str, table: Table) -> InputFiles:
     storage = _open_data(root or ".")
     tag = storage.tag(name)
     return _checked(table, storage, {name: tag} if tag else {}, path)
+
+
+def pictures_tag(files: InputFiles) -> int:
+    """Return a number that changes when a picture that the table names on this machine does.
+
+    Pictures of tables that are elsewhere are what their URI names: asking for each would cost a request.
+    """
+    if not isinstance(files.storage, LocalStorage):
+        return 0
+    tags = read_input(files).map_batches(_sum_of_tags, batch_format="pyarrow", batch_size=None)
+    return sum(row["tag"] for row in tags.take_all())
+
+
+def _sum_of_tags(batch: pa.Table) -> pa.Table:
+    """A sum, so that neither blocks nor their order matter."""
+    total = 0
+    for uri in batch[IMAGE].to_pylist() if batch.num_rows else ():
+        try:
+            tag = "elsewhere" if uri is None or uri.startswith("s3://") else file_tag(Path(uri))
+        except (OSError, ValueError):
+            tag = "missing"
+        total += int.from_bytes(hashlib.sha256(f"{uri} {tag}".encode()).digest()[:4])
+    return pa.table({"tag": [total]})
 
 
 def read_input(files: InputFiles) -> ray.data.Dataset:

@@ -109,7 +109,7 @@ class LocalStorage:
     def list(self, prefix: str) -> dict[str, str]:
         folder = self.root / prefix
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-        return {str(path.relative_to(self.root)): _file_tag(path) for path in files}
+        return {str(path.relative_to(self.root)): file_tag(path) for path in files}
 
     def folders(self, prefix: str) -> Sequence[str]:
         folder = self.root / prefix
@@ -168,6 +168,7 @@ def _not_read(uri: str) -> MissingError:
     return MissingError(f"{uri}: only folders and s3://bucket/prefix are read and written")
 
 
-def _file_tag(path: Path) -> str:
+def file_tag(path: Path) -> str:
+    """Return what changes when a file of this machine does. Raises OSError."""
     stat = path.stat()
     return f"{stat.st_size}-{stat.st_mtime_ns}"

@@ -19,6 +19,7 @@ from mixer.clicks import COUNTS
 from mixer.labeling import (
     LabelingConfig,
     cluster_items,
+    odds_unseen,
     organise,
     photo_evidence,
     same_thing_evidence,
@@ -136,8 +137,8 @@ def test_photo_evidence_equals_the_naive_one() -> None:
     for query, row in found.items():
         values = sums[query]
         assert row["class_id"] == max(values, key=lambda label: values[label])
-        odds = [math.exp(values.get(label, 0.0)) for label in range(4)]
-        assert row["confidence"] == pytest.approx(odds[row["class_id"]] / sum(odds), rel=1e-5)
+        odds = [math.exp(values.get(label, row["unseen"])) for label in range(4)]
+        assert row["confidence"] == pytest.approx(odds[row["class_id"]] / sum(odds), rel=1e-4)
         strongest = sorted(values, key=lambda label: -abs(values[label]))[:2]
         assert row["candidates"] == strongest
         assert row["evidence"] == pytest.approx([values[label] for label in strongest], rel=1e-5)
@@ -149,6 +150,19 @@ def test_evidence_of_any_size_is_no_crash() -> None:
     sure, unsure = photo_evidence(pairs, items, 9).to_pylist()
     assert (sure["query_id"], sure["class_id"], sure["confidence"]) == ("p", 0, 1.0)
     assert (unsure["query_id"], unsure["confidence"]) == ("q", 0.0)
+    assert unsure["unseen"] <= 0
+
+
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_how_often_the_thing_is_shown_is_estimated(share: float) -> None:
+    """Each of 5,000 photos is shown 10 of 100 classes; where its own is among them, clicks say so."""
+    rng = np.random.default_rng(0)
+    among = rng.random(5000) < share
+    evidence = rng.normal(-4, 1, (5000, 10))
+    evidence[among, 0] = rng.normal(9, 1, among.sum())
+    unseen = odds_unseen(np.logaddexp.reduce(evidence, axis=1), np.full(5000, 10), 100)
+    assert unseen == pytest.approx(min(math.log((1 - share) / 90) - math.log(share / 10), 0), abs=0.25)
+    assert len(odds_unseen(np.zeros(0), np.zeros(0), 0)) == 0
 
 
 def two_products(noise: int = 0) -> Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import math
 
 import pytest
@@ -65,17 +64,24 @@ def test_a_belief_names_the_likeliest_and_no_class_goes_below_the_floor() -> Non
     assert targets.over(range(5))[0].tolist() == pytest.approx([-6, -6, -6, -6, -0.01])
 
 
-def naive_pooled(features: Tensor, targets: Targets, neighbours: int, strength: float) -> list[dict[int, float]]:
+def naive_pooled(features: Tensor, targets: Targets, neighbours: int, strength: float) -> list[list[float]]:
+    """Return the evidence of each of six classes."""
     unit = F.normalize(features - features.mean(dim=0), dim=1)
-    known = as_dicts(targets)
-    pooled = []
-    for a in range(len(unit)):
-        cosines = {b: float(unit[a] @ unit[b]) for b in range(len(unit)) if b != a}
-        sums = collections.defaultdict(float, known[a])
-        for b in sorted(cosines, key=lambda b: -cosines[b])[:neighbours]:
+    known, dense, rows = as_dicts(targets), targets.over(range(6)), range(len(targets))
+    sure = dense.softmax(dim=1).amax(dim=1) > 0.9
+    best = [max(values, key=lambda label: values[label], default=-1) for values in known]
+    weights = []
+    for a in rows:
+        cosines = {b: float(unit[a] @ unit[b]) for b in rows if b != a}
+        nearest = sorted(cosines, key=lambda b: -cosines[b])[:neighbours]
+        weights.append({b: math.exp((cosines[b] - 1) / 0.125) for b in nearest})
+    pairs = [(a, b, weight) for a in rows for b, weight in weights[a].items() if sure[a] and sure[b]]
+    trust = sum(w for a, b, w in pairs if best[a] == best[b]) / (1 + sum(w for _, _, w in pairs))
+    pooled = [values[:] for values in dense.tolist()]
+    for a in rows:
+        for b, weight in weights[a].items():
             for label, value in known[b].items():
-                sums[label] += strength * math.exp((cosines[b] - 1) / 0.125) * min(max(value, -5), 8)
-        pooled.append(dict(sums))
+                pooled[a][label] += trust * strength * weight * min(max(value, -5), 8)
     return pooled
 
 
@@ -84,19 +90,33 @@ def naive_pooled(features: Tensor, targets: Targets, neighbours: int, strength: 
 def test_pooled_evidence_equals_the_naive_one(neighbours: int, chunk: int) -> None:
     features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) + 4
     targets = random_targets(40, width=6)
-    found = pool_evidence(features, targets, neighbours, strength=3.0, chunk=chunk)
-    for got, expected in zip(as_dicts(found), naive_pooled(features, targets, neighbours, 3.0), strict=True):
-        assert got == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    targets.evidence *= 2
+    targets.others -= 1.5
+    found = pool_evidence(features, targets, 6, neighbours, strength=30.0, chunk=chunk)
+    expected = torch.tensor(naive_pooled(features, targets, neighbours, 30.0))
+    torch.testing.assert_close(found.over(range(6)), expected, rtol=1e-3, atol=1e-3)
+    if neighbours > 1:
+        assert (found.over(range(6)) - targets.over(range(6))).abs().max() > 0.1, "nothing was shared"
 
 
 def test_only_the_strongest_are_kept() -> None:
     features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
-    wide = pool_evidence(features, random_targets(40, width=6), 5)
-    narrow = pool_evidence(features, random_targets(40, width=6), 5)
-    few = Targets(narrow.classes[:, :2], narrow.evidence[:, :2], narrow.others, narrow.weights)
-    for kept, every in zip(as_dicts(few), as_dicts(wide), strict=True):
-        strongest = sorted(every, key=lambda label: -abs(every[label]))[:2]
+    wide = random_targets(40, width=6)
+    wide.classes[:, 3:] = PADDING  # room for what neighbours name
+    narrow = Targets(wide.classes[:, :3], wide.evidence[:, :3], wide.others, wide.weights)
+    every, few = (as_dicts(pool_evidence(features, targets, 6, 5, strength=30.0)) for targets in (wide, narrow))
+    assert max(map(len, every)) > 3
+    for kept, known in zip(few, every, strict=True):
+        strongest = sorted(known, key=lambda label: -abs(known[label]))[:3]
         assert set(kept) == set(strongest)
+
+
+def test_photos_that_look_alike_and_are_not_are_not_trusted() -> None:
+    features = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+    targets = Targets(torch.arange(60)[:, None], torch.full((60, 1), 9.0), torch.zeros(60), torch.ones(60))
+    wide = concatenate([targets, Targets.certain(torch.tensor([0]), width=9)])[torch.arange(60)]
+    before, after = (known.over(range(60)) for known in (wide, pool_evidence(features, wide, 60, 5)))
+    torch.testing.assert_close(after, before)
 
 
 def test_many_weak_clicks_on_one_thing_decide_together() -> None:
@@ -106,14 +126,16 @@ def test_many_weak_clicks_on_one_thing_decide_together() -> None:
     features = torch.eye(5)[truth] * 3 + torch.randn(300, 5, generator=generator) * 0.4
     wrong = torch.rand(300, generator=generator) < 0.33
     seen = torch.where(wrong, (truth + 1 + torch.arange(300) % 3) % 5, truth)
-    targets = Targets(seen[:, None], torch.full((300, 1), 1.5), torch.zeros(300), torch.ones(300))
+    evidence = torch.where(torch.arange(300) % 4 == 0, 6.0, 1.5)  # some have many clicks, and then not wrong ones
+    seen = torch.where(evidence > 2, truth, seen)
+    targets = Targets(seen[:, None], evidence[:, None], torch.zeros(300), torch.ones(300))
     wide = concatenate([targets, Targets.certain(torch.tensor([0]), width=5)])[torch.arange(300)]
-    pooled = pool_evidence(features, wide, 20)
+    pooled = pool_evidence(features, wide, 5, 20)
     right = pooled.over(range(5)).argmax(dim=1) == truth
-    assert right.float().mean() > 0.98 > 1 - wrong.float().mean()
+    assert right.float().mean() > 0.98 > 0.8 > (seen == truth).float().mean()
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_photos_without_neighbours_keep_what_they_have(n: int) -> None:
-    found = pool_evidence(torch.ones(n, 3), random_targets(n), 5)
+    found = pool_evidence(torch.ones(n, 3), random_targets(n), 6, 5)
     assert as_dicts(found) == as_dicts(random_targets(n))

@@ -21,6 +21,7 @@ from mixer_platform.inputs import (
     find_file,
     find_input,
     mark_rows,
+    pictures_tag,
     read_input,
     read_lines,
     read_parquet,
@@ -223,3 +224,19 @@ def test_a_raw_parquet_row_keeps_what_json_cannot() -> None:
     table = pa.table({"item_id": [""], "added": pa.array([1], pa.timestamp("s")), "blob": [b"\xff"]})
     (row,) = mark_rows(table, ITEMS, "/d").to_pylist()
     assert json.loads(row[RAW])["added"] == "1970-01-01 00:00:01"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_changed_picture_is_noticed_and_another_file_is_not(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "unused.png"):
+        (tmp_path / name).write_bytes(b"picture")
+    rows = {"query_id": ["a", "b", "c", "d"], "image": ["a.png", "b.png", "none.png", "s3://shop/c.png"]}
+    pq.write_table(pa.table(rows), tmp_path / "queries.parquet")
+    tag = pictures_tag(find_input(str(tmp_path), QUERIES))
+    (tmp_path / "unused.png").write_bytes(b"another picture")
+    assert pictures_tag(find_input(str(tmp_path), QUERIES)) == tag
+    (tmp_path / "b.png").write_bytes(b"another picture")
+    changed = pictures_tag(find_input(str(tmp_path), QUERIES))
+    assert changed != tag
+    (tmp_path / "none.png").write_bytes(b"picture")
+    assert pictures_tag(find_input(str(tmp_path), QUERIES)) not in (tag, changed)

@@ -242,7 +242,7 @@ def test_samples_and_classes_keep_the_contract(run: dict[str, Any]) -> None:
         assert len(set(photo["candidates"])) == len(photo["evidence"]) == 3
     assert rows["text only"] | {"class_id": 0} == {
         "sample_id": "text only", "kind": "item", "image": None, "text": "a word. and more", "class_id": 0,
-        "weight": 1.0, "candidates": None, "evidence": None,
+        "weight": 1.0, "candidates": None, "evidence": None, "unseen": None,
     }  # fmt: skip
 
     classes = pq.read_table(folder / "classes.parquet")
@@ -263,6 +263,18 @@ def test_a_second_run_reuses_and_other_settings_or_data_make_a_new_version(run: 
     assert simplified(other["tables"]["items"]["quarantined"]) == {
         reason: count for reason, count in run["planted"]["items"].items() if "8 x 8" not in reason
     }
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_picture_that_was_mended_is_seen(tmp_path: Path) -> None:
+    tables = sound_tables(tmp_path / "data")
+    picture = tmp_path / "data/pictures/i3.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:40])
+    write_parquet(tables, tmp_path / "data")
+    assert prepare(run_config(tmp_path))["tables"]["items"]["rows_out"] == 10
+    picture.write_bytes(whole)
+    assert prepare(run_config(tmp_path))["tables"]["items"]["rows_out"] == 11
 
 
 def test_two_runs_at_once_leave_two_whole_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

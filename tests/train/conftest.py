@@ -55,7 +55,8 @@ def workspace(tmp_path: Path) -> Path:
             row = {"sample_id": path.stem, "kind": kind, "image": str(path), "text": text, "class_id": label}
             row["weight"] = 0.5 + 0.1 * n if kind == "query" else 1.0
             if kind == "query":
-                row |= {"candidates": [label, (label + 1) % 3][: 1 + n % 2], "evidence": [2.0, -1.0][: 1 + n % 2]}
+                row |= {"candidates": [label, (label + 1) % 3][: 1 + n % 2], "evidence": [5.0, -1.0][: 1 + n % 2]}
+                row["unseen"] = -0.5
             rows.append(row)
     rows[4]["image"] = None
     rows[11]["text"] = None

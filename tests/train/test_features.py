@@ -66,7 +66,7 @@ def test_batches_hold_the_encoders_features(cached: FeatureSamples, model: Mixer
     known = batch.targets.over(range(3))
     for place, row in enumerate(order):
         label = samples[row]["class_id"]
-        nothing = [0.0] * 3 if samples[row]["kind"] == "query" else [-torch.inf] * 3
+        nothing = [-0.5] * 3 if samples[row]["kind"] == "query" else [-torch.inf] * 3
         said = zip(samples[row]["candidates"] or [label], samples[row]["evidence"] or [0.0], strict=True)
         expected = {**dict(enumerate(nothing)), **dict(said)}
         assert known[place].tolist() == list(expected.values())
@@ -126,7 +126,7 @@ def test_batches_without_photos_or_without_items(cached: FeatureSamples) -> None
 
 def test_photos_share_evidence_and_items_do_not(cached: FeatureSamples) -> None:
     before = cached.targets.over(range(3))
-    cached.pool_evidence(3)
+    cached.pool_evidence(3, 3)
     after = cached.targets.over(range(3))
     assert not torch.equal(after[:PHOTOS], before[:PHOTOS])
     assert torch.equal(after[PHOTOS:], before[PHOTOS:])

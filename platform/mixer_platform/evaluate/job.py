@@ -25,7 +25,7 @@ from mixer_platform.errors import ConflictError, InputError
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
 from mixer_platform.evaluate.embed import ITEM, PHOTO, PhotoWorker, export_untrained, picture_rows
 from mixer_platform.gallery import MISSING, IndexManifest, Shard, merge_top_k, read_manifest
-from mixer_platform.inputs import InputFiles, find_file, find_input, read_input
+from mixer_platform.inputs import InputFiles, find_file, find_input, pictures_tag, read_input
 from mixer_platform.schema import ITEMS, TRUTH, Table
 from mixer_platform.storage import Storage, open_storage, resolve_uri
 
@@ -45,7 +45,9 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     model = versions.require(storage, "models", index.model)
     truth = find_truth(config)
     gallery = versions.fingerprint_of(index.version)
-    version = versions.fingerprint(gallery, truth.storage.uri, truth.tags, config.evaluate.model_dump())
+    version = versions.fingerprint(
+        gallery, truth.storage.uri, truth.tags, pictures_tag(truth), config.evaluate.model_dump()
+    )
     if storage.tag(f"{KIND}/{version}.json"):
         return {**versions.read_json(storage, f"{KIND}/{version}.json"), "reused": True}
 

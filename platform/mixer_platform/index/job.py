@@ -34,7 +34,7 @@ from mixer_platform.index.shards import (
     training_size,
     write_shard,
 )
-from mixer_platform.inputs import IMAGE, REASON, InputFiles, find_input, read_input
+from mixer_platform.inputs import IMAGE, REASON, InputFiles, find_input, pictures_tag, read_input
 from mixer_platform.schema import ITEMS, QUERIES
 from mixer_platform.storage import Storage, open_storage, read_uri
 
@@ -77,7 +77,7 @@ def build(config: RunConfig) -> dict[str, Any]:
 def embed_items(storage: Storage, items: InputFiles, model: str, config: RunConfig) -> dict[str, Any]:
     """Write `embeddings/<version>/` unless it is there; return its manifest."""
     # The model's version, not its fingerprint: trained again it is the same up to rounding only.
-    fingerprint = versions.fingerprint(items.storage.uri, items.tags, model)
+    fingerprint = versions.fingerprint(items.storage.uri, items.tags, pictures_tag(items), model)
     if done := versions.find(storage, EMBEDDINGS, fingerprint):
         _log.info("embeddings %s are there already", done["version"])
         return done

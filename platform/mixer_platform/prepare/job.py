@@ -21,7 +21,7 @@ from mixer.labeling import Labels, organise
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import InputError
-from mixer_platform.inputs import REASON, count_rows, find_input, read_input
+from mixer_platform.inputs import REASON, count_rows, find_input, pictures_tag, read_input
 from mixer_platform.prepare import rows
 from mixer_platform.prepare.counts import balanced, most_frequent, rows_used
 from mixer_platform.schema import ITEMS, LOGS, QUERIES
@@ -38,6 +38,7 @@ SAMPLES = pa.schema(
         ("weight", pa.float32()),
         ("candidates", pa.list_(pa.int64())),  # of photos: classes that the logs speak of
         ("evidence", pa.list_(pa.float32())),  # nats for each of them, see mixer.labeling.Labels
+        ("unseen", pa.float32()),  # nats of every other class
     ]
 )
 _log = logging.getLogger(__name__)
@@ -53,7 +54,9 @@ def prepare(config: RunConfig) -> dict[str, Any]:
     storage = open_storage(config.workspace)
     inputs = {table: find_input(config.data, table) for table in (ITEMS, QUERIES, LOGS)}
     fingerprint = versions.fingerprint(
-        [config.data, [files.tags for files in inputs.values()]], config.prepare.model_dump(exclude={"partitions"})
+        [config.data, [files.tags for files in inputs.values()]],
+        [pictures_tag(inputs[table]) for table in (ITEMS, QUERIES)],
+        config.prepare.model_dump(exclude={"partitions"}),
     )
     if done := versions.find(storage, KIND, fingerprint):
         _log.info("samples %s are there already", done["version"])
@@ -190,7 +193,7 @@ def _sample_rows(batch: pa.Table, kind: str, known: pa.Table) -> pa.Table:
         "class_id": known["class_id"],
         "weight": pa.array([1.0] * len(batch), pa.float32()),
     }
-    for name in ("candidates", "evidence"):
+    for name in ("candidates", "evidence", "unseen"):
         columns[name] = known[name] if kind == "query" else pa.nulls(len(batch), SAMPLES.field(name).type)
     return pa.table(columns).cast(SAMPLES)
 

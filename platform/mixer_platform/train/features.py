@@ -152,11 +152,11 @@ class FeatureSamples:
         missing = torch.zeros(items, views, 1, image_width, dtype=torch.float16)
         self.pictures = missing if pictures is None else pictures
 
-    def pool_evidence(self, neighbours: int) -> None:
+    def pool_evidence(self, classes: int, neighbours: int) -> None:
         """Let photos that look alike share what the logs say of each."""
         count = len(self.photos)
         photos, items = torch.arange(count), torch.arange(count, len(self.labels))
-        pooled = pool_evidence(self.photos[:, 0].float(), self.targets[photos], neighbours)
+        pooled = pool_evidence(self.photos[:, 0].float(), self.targets[photos], classes, neighbours)
         self.targets = concatenate([pooled, self.targets[items]])
 
     def pooled(self, towers: Towers) -> Tensor:

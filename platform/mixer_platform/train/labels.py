@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixer.targets import PADDING, Targets, concatenate
 
-LABELS = ["sample_id", "kind", "class_id", "weight", "candidates", "evidence"]
+LABELS = ["sample_id", "kind", "class_id", "weight", "candidates", "evidence", "unseen"]
 
 
 def in_training_order(rows: pa.Table) -> pa.Table:
@@ -23,7 +23,8 @@ def read_labels(rows: pa.Table) -> tuple[Tensor, Targets]:
     weights = torch.from_numpy(rows["weight"].to_numpy().copy())
     photos = sum(kind == "query" for kind in rows["kind"].to_pylist())
     classes, evidence = (_padded(rows[name].slice(0, photos), fill) for name, fill in _FILLS.items())
-    uncertain = Targets(classes.long(), evidence.float(), torch.zeros(photos), weights[:photos])
+    unseen = torch.from_numpy(rows["unseen"].slice(0, photos).to_numpy().astype(np.float32))
+    uncertain = Targets(classes.long(), evidence.float(), unseen, weights[:photos])
     return labels, concatenate([uncertain, Targets.certain(labels[photos:], weights[photos:])])
 
 

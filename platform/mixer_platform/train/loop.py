@@ -97,7 +97,7 @@ def read_samples(job: dict[str, Any], config: TrainConfig) -> Samples:
         return PictureSamples(storage, job["samples"], MixerModel(architecture), config.seed)
     samples = FeatureSamples(storage, job["features"], tuple(job["widths"]), config.views, architecture.max_tokens)
     if config.neighbours:
-        samples.pool_evidence(config.neighbours)
+        samples.pool_evidence(job["classes"], config.neighbours)
     return samples
 
 
