@@ -45,7 +45,7 @@ from mixer_platform.prepare.job import prepare
 from mixer_platform.schema import LOGS
 from mixer_platform.storage import open_storage, read_uri
 from mixer_platform.train.features import FeatureSamples, cache_features
-from mixer_platform.train.loop import encoder_widths
+from mixer_platform.train.stages import encoder_widths
 
 CONFIG = Path(__file__).parents[1] / "jobs/configs/local.yaml"
 KS = (1, 5, 10)
@@ -79,7 +79,7 @@ def prepare_bench(data: str, workspace: str) -> Bench:
     storage = open_storage(workspace)
     prepared = prepare(config)
     features = cache_features(storage, prepared["version"], config.model, config.train)
-    widths = encoder_widths(config.model)
+    widths = encoder_widths(config.model, config.train.fine_tune)
     samples = FeatureSamples(storage, features, widths, config.train.views, config.model.max_tokens)
     encoder = ImageFeatures(versions.fetch(storage, f"features/{features}/encoders", workspace), threads=2)
     asked, relevant = [], []

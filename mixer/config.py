@@ -19,9 +19,6 @@ class ModelConfig(BaseModel):
     concept_dim: int = Field(128, ge=1, description="width of the concepts' attention")
     heads: int = Field(4, ge=1, description="attention heads; concept_dim must be a multiple")
     max_tokens: int = Field(48, ge=2, description="tokens of an item's text; the rest is cut")
-    train_from_block: int | None = Field(
-        None, ge=0, description="fine-tune the image encoder from this block on; null: frozen, with cached features"
-    )
     pooling: Literal["mean", "first"] = Field("mean", description="how patches become one vector; first: a CLS token")
 
     @model_validator(mode="after")

@@ -31,8 +31,8 @@ class CrossAttention(nn.Module):
         return queries + self.out(read.transpose(1, 2).flatten(2))
 
 
-class ConceptFusion(nn.Module):
-    """K learned concept slots read the text; the concepts attend over the image; a gate says how much it adds."""
+class Concepts(nn.Module):
+    """K learned slots read an item's text; the concepts they become say what the item is and where to look at it."""
 
     def __init__(
         self, concepts: int, concept_dim: int, text_width: int, image_width: int, dim: int, heads: int
@@ -40,30 +40,28 @@ class ConceptFusion(nn.Module):
         super().__init__()
         self.slots = nn.Parameter(torch.randn(concepts, concept_dim) * concept_dim**-0.5)
         self.read_text = CrossAttention(concept_dim, text_width, heads)
-        self.read_image = CrossAttention(concept_dim, image_width, heads)
-        self.project = nn.Linear(concepts * concept_dim, dim)
-        self.gate = nn.Linear(2 * dim, dim)
-        nn.init.constant_(self.gate.bias, -1.0)  # begin near the image alone
+        self.say = nn.Linear(concepts * concept_dim, dim)
+        self.norm = nn.LayerNorm(concept_dim)
+        self.look = nn.Linear(concept_dim, concept_dim)
+        self.look_at = nn.Linear(image_width, concept_dim, bias=False)
 
-    def forward(self, image: Tensor, has_image: Tensor, patches: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        """Add what the concepts see to `image`.
+    def forward(self, tokens: Tensor, token_mask: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Read texts and look at pictures.
 
         Args:
-            image: [n, dim], the transformed picture; zeros where it is missing.
-            has_image: bool [n]; where it is False the concepts stay what the text made them.
-            patches: [n, patches, image_width]; finite also where the picture is missing.
             tokens: [n, tokens, text_width]; 0 where masked.
-            token_mask: int64 or bool [n, tokens]; all 0 where the text is missing, and then nothing is read from it.
+            token_mask: int64 or bool [n, tokens]; all 0 where the text is missing, and then nothing is said.
+            patches: [n, patches, image_width]; finite also where the picture is missing.
 
         Returns:
-            [n, dim], not yet of unit length.
+            What is said, [n, dim], of unit length or 0; and each concept's attention, [n, concepts, patches], sum 1.
         """
-        slots = self.slots.expand(image.shape[0], -1, -1)  # not len(): tracing would freeze it
+        slots = self.slots.expand(tokens.shape[0], -1, -1)  # not len(): tracing would freeze it
         allowed = token_mask.bool()
-        has_text = allowed.any(dim=1)
+        has_text = allowed.any(dim=1, keepdim=True)
         # Softmax over nothing is undefined: a missing text reads its first place, and the result is not used.
-        allowed = torch.cat([allowed[:, :1] | ~has_text[:, None], allowed[:, 1:]], dim=1)
-        concepts = torch.where(has_text[:, None, None], self.read_text(slots, tokens, allowed), slots)
-        concepts = torch.where(has_image[:, None, None], self.read_image(concepts, patches), concepts)
-        seen = self.project(concepts.flatten(1))
-        return image + torch.sigmoid(self.gate(torch.cat([image, seen], dim=1))) * seen
+        allowed = torch.cat([allowed[:, :1] | ~has_text, allowed[:, 1:]], dim=1)
+        concepts = self.read_text(slots, tokens, allowed)
+        said = F.normalize(self.say(concepts.flatten(1)), dim=1) * has_text
+        scores = self.look(self.norm(concepts)) @ self.look_at(patches).transpose(1, 2)
+        return said, torch.softmax(scores * concepts.shape[2] ** -0.5, dim=2)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mixer.config import ModelConfig
 from mixer.embedder import TOKENIZER
 from mixer.encoders import TextEncoder, image_encoder
-from mixer.fusion import ConceptFusion
+from mixer.fusion import Concepts
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -32,9 +32,8 @@ class Towers(nn.Module):
         self.query_transform = nn.Linear(image_width, config.dim)
         self.item_transform = nn.Linear(image_width, config.dim)
         self.item_transform.load_state_dict(self.query_transform.state_dict())  # the domains part in training
-        self.fusion = ConceptFusion(
-            config.concepts, config.concept_dim, text_width, image_width, config.dim, config.heads
-        )
+        self.concepts = Concepts(config.concepts, config.concept_dim, text_width, image_width, config.dim, config.heads)
+        self.log_gates = nn.Parameter(torch.tensor([0.0, -1.0]))  # what the text says and shows, beside the picture
         self.register_buffer("feature_mean", torch.zeros(image_width))
         self.register_buffer("feature_std", torch.ones(image_width))
 
@@ -47,7 +46,10 @@ class Towers(nn.Module):
         return F.normalize(self.query_transform(self._standardised(pooled)), dim=-1)
 
     def item(self, patches: Tensor, has_image: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        """Fuse items into unit embeddings [n, dim].
+        """Fuse items into unit embeddings [n, dim]; 0 for an item with neither picture nor text.
+
+        The picture as a whole, what the text's concepts say, and what they look at in the picture are of unit length
+        when they are added: none can drown another, and each by itself can be near its class.
 
         Args:
             patches: [n, patches, image_width]; anything where `has_image` is False.
@@ -58,8 +60,12 @@ class Towers(nn.Module):
         missing = ~has_image[:, None]
         # What stands where a picture is missing must reach neither an embedding nor a gradient.
         patches = self._standardised(patches.masked_fill(missing[..., None], 0))
-        image = self.item_transform(self.pool(patches)).masked_fill(missing, 0)
-        return F.normalize(self.fusion(image, has_image, patches, tokens, token_mask), dim=-1)
+        said, shares = self.concepts(tokens, token_mask, patches)
+        looked_at = (shares.mean(dim=1, keepdim=True) @ patches).squeeze(1)
+        blind = missing | ~token_mask.bool().any(dim=1, keepdim=True)
+        whole, part = (F.normalize(self.item_transform(seen), dim=1) for seen in (self.pool(patches), looked_at))
+        says, shows = self.log_gates.exp()
+        return F.normalize(whole.masked_fill(missing, 0) + says * said + shows * part.masked_fill(blind, 0), dim=1)
 
     def fit_features(self, pooled: Tensor) -> None:
         """Set mean and scale of the image features, [n, width], that the transformations take out."""
@@ -79,7 +85,7 @@ class MixerModel(nn.Module):
         super().__init__()
         self.config = config
         self.image_encoder = image_encoder(config.image_encoder)
-        self.image_encoder.train_from(config.train_from_block)
+        self.image_encoder.train_from(None)
         self.text_encoder = TextEncoder(config.text_encoder, config.max_tokens)
         self.towers = Towers(config, self.image_encoder.width, self.text_encoder.width)
 

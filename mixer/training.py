@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
 
-from mixer.targets import Targets
+from mixer.targets import Targets, concatenate
 from mixer.towers import MixerModel, Towers
 
 
@@ -31,6 +31,16 @@ class Batch:
         """Return the batch on `device`."""
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
+    def targets_by_branch(self, weight: float) -> Targets:
+        """Return the targets of what a tower gives when asked for branches too, [q + 3i].
+
+        An item's picture and its text count `weight` each beside both together; where it has one of them only, nothing.
+        """
+        items = self.targets[torch.arange(len(self.photos), len(self.targets), device=self.targets.weights.device)]
+        both = self.has_image & self.token_mask.any(dim=1)
+        alone = replace(items, weights=items.weights * both * weight)
+        return concatenate([self.targets, alone, alone])
+
 
 class FrozenTower(nn.Module):
     """Trains the towers on features that the frozen encoders gave."""
@@ -39,27 +49,37 @@ class FrozenTower(nn.Module):
         super().__init__()
         self.towers = towers
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, branches: bool = False) -> Tensor:
         """Return unit embeddings [q + i, dim], photos first. Both parts run even when empty: every worker must bring
-        a gradient for every parameter."""
+        a gradient for every parameter.
+
+        With `branches`, [q + 3i, dim]: after them the items by their pictures alone and by their texts alone.
+        """
         kind = self.towers.query_transform.weight.dtype
         queries = self.towers.query(batch.photos.to(kind))
-        items = self.towers.item(batch.pictures.to(kind), batch.has_image, batch.tokens.to(kind), batch.token_mask)
-        return torch.cat([queries, items])
+        return torch.cat(
+            [queries, *_items(self.towers, batch.pictures.to(kind), batch.tokens.to(kind), batch, branches)]
+        )
 
 
 class WholeModel(nn.Module):
-    """Trains the towers and the image encoder from some block on."""
+    """Trains the towers and those blocks of the image encoder that `train_from` left open."""
 
     def __init__(self, model: MixerModel) -> None:
         super().__init__()
-        self.model = model
+        self.image_encoder, self.text_encoder, self.towers = model.image_encoder, model.text_encoder, model.towers
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Return unit embeddings [q + i, dim], photos first; the shared encoder sees all pictures at once."""
-        towers = self.model.towers
-        patches = self.model.image_encoder(torch.cat([batch.photos, batch.pictures]))
+    def forward(self, batch: Batch, branches: bool = False) -> Tensor:
+        """Return what a `FrozenTower` does; the shared encoder sees all pictures at once."""
+        patches = self.image_encoder(torch.cat([batch.photos, batch.pictures]))
         photos, pictures = patches[: len(batch.photos)], patches[len(batch.photos) :]
-        tokens = self.model.text_encoder(batch.tokens, batch.token_mask)
-        queries = towers.query(towers.pool(photos))
-        return torch.cat([queries, towers.item(pictures, batch.has_image, tokens, batch.token_mask)])
+        tokens = self.text_encoder(batch.tokens, batch.token_mask)
+        queries = self.towers.query(self.towers.pool(photos))
+        return torch.cat([queries, *_items(self.towers, pictures, tokens, batch, branches)])
+
+
+def _items(towers: Towers, pictures: Tensor, tokens: Tensor, batch: Batch, branches: bool) -> list[Tensor]:
+    """Embed items, each [i, dim]; with `branches` also by their pictures alone and by their texts alone."""
+    seen, read = batch.has_image, batch.token_mask
+    shown = [(seen, read), (seen, torch.zeros_like(read)), (torch.zeros_like(seen), read)]
+    return [towers.item(pictures, has_image, tokens, mask) for has_image, mask in shown[: 3 if branches else 1]]

@@ -34,22 +34,31 @@ class PrepareConfig(Section):
     partitions: int = Field(4, ge=1, description="partitions of a shuffle; about one per 64 MB of logs")
 
 
+class FineTuneConfig(Section):
+    """The image encoder learns too, once the towers have learned on its features (Kumar et al., arXiv 2202.10054)."""
+
+    epochs: int = Field(0, ge=0, description="after those of the rounds; 0: the encoder stays as it is")
+    from_block: int = Field(6, ge=0, description="the first block of the image encoder that learns; 0: all of it")
+    batch_size: int = Field(64, ge=1, description="samples a step, over all workers")
+    encoder_lr: float = Field(1e-4, gt=0)
+    tower_lr: float = Field(3e-4, gt=0)
+    classifier_lr: float = Field(3e-3, gt=0)
+
+
 class TrainConfig(Section):
     samples: str = Field("latest", description="version of samples/ to learn from")
     workers: int = Field(2, ge=1)
     cpus_per_worker: float = Field(0.5, gt=0, description="leave whole CPUs to Ray Data, or feeding waits for ever")
     gpus_per_worker: float = Field(0, ge=0)
-    epochs: int = Field(15, ge=1, description="of each round")
+    epochs: int = Field(15, ge=1, description="of each round, over cached features of the frozen encoder")
     batch_size: int = Field(256, ge=1, description="samples a step, over all workers")
     rounds: int = Field(
         1, ge=1, description="trainings from the start; each but the first learns from what the one before believes"
     )
-    neighbours: int = Field(
-        10, ge=0, description="visual neighbours whose evidence a photo shares; 0: none; needs a frozen encoder"
-    )
+    neighbours: int = Field(10, ge=0, description="visual neighbours whose evidence a photo shares; 0: none")
     candidates: int = Field(32, ge=1, description="classes that a round keeps for each photo, the likeliest first")
     least_belief: float = Field(-6.0, lt=0, description="ln of the least probability a round believes of any class")
-    views: int = Field(1, ge=1, description="augmented views of a picture, cached when the encoder is frozen")
+    views: int = Field(1, ge=1, description="cached augmented views of a picture")
     tower_lr: float = Field(1e-3, gt=0)
     classifier_lr: float = Field(1e-2, gt=0)
     weight_decay: float = Field(1e-4, ge=0)
@@ -58,12 +67,16 @@ class TrainConfig(Section):
     scale: float | None = Field(
         None, gt=0, description="cosines are multiplied by it before the softmax; null: by AdaCos' fixed scale"
     )
+    branch_weight: float = Field(
+        0.5, ge=0, description="how much an item's picture alone, and its text alone, count beside both together"
+    )
     text_dropout: float = Field(0.2, ge=0, lt=1, description="share of item samples trained without their text")
     image_dropout: float = Field(0.1, ge=0, lt=1, description="share of item samples trained without their picture")
     zero_stage: Literal[0, 1, 2] = Field(0, description="3 would cut the towers, which are small")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: the towers compute in it; weights stay fp32")
     holdout: float = Field(0.05, ge=0, lt=0.5, description="share of query samples kept out to follow recall")
     recall_every: int = Field(1, ge=1, description="epochs from one measurement of the held-out recall to the next")
+    fine_tune: FineTuneConfig = FineTuneConfig()
     max_failures: int = Field(2, ge=0, description="how often Ray Train restarts the workers before it gives up")
     seed: int = Field(0, ge=0)
 

@@ -9,13 +9,13 @@ from mixer.config import ModelConfig
 
 
 def test_a_config_survives_json() -> None:
-    config = ModelConfig(dim=64, train_from_block=3, pooling="first")
+    config = ModelConfig(dim=64, pooling="first")
     assert ModelConfig.model_validate_json(config.model_dump_json()) == config
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"dim": 1}, {"dims": 64}, {"pooling": "max"}, {"train_from_block": -1}, {"heads": 0}, {"max_tokens": 1}],
+    [{"dim": 1}, {"dims": 64}, {"pooling": "max"}, {"heads": 0}, {"max_tokens": 1}],
 )
 def test_a_wrong_key_or_value_is_named(wrong: dict) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):

@@ -139,7 +139,7 @@ def test_train_from_can_be_taken_back(encoder: ImageEncoder) -> None:
 def test_a_block_that_is_not_there_is_refused(encoder: ImageEncoder) -> None:
     last = len(encoder.blocks) - 1
     encoder.train_from(last)
-    with pytest.raises(EncoderError, match=rf"train_from_block {last + 1}: .* blocks 0 to {last}"):
+    with pytest.raises(EncoderError, match=rf"block {last + 1}: .* blocks 0 to {last}"):
         encoder.train_from(last + 1)
 
 

@@ -8,29 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixer.fusion import ConceptFusion, CrossAttention
+from mixer.fusion import Concepts, CrossAttention
 
 DIM, SOURCE, HEADS = 8, 6, 2
 EXACT = {"rtol": 1e-5, "atol": 1e-6}
 
 
 @pytest.fixture
-def fusion() -> ConceptFusion:
+def concepts() -> Concepts:
     torch.manual_seed(0)
-    return ConceptFusion(concepts=3, concept_dim=DIM, text_width=SOURCE, image_width=5, dim=7, heads=HEADS)
+    return Concepts(concepts=3, concept_dim=DIM, text_width=SOURCE, image_width=5, dim=7, heads=HEADS)
 
 
-def items(n: int, tokens: int = 4, seed: int = 1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return n images, patches, tokens and a full token mask."""
+def items(n: int, tokens: int = 4, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tokens, a full token mask and patches of n items."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((n, 7), (n, 9, 5), (n, tokens, SOURCE))
-    image, patches, text = (torch.randn(shape, generator=generator) for shape in shapes)
-    return image, patches, text, torch.ones(n, tokens, dtype=torch.int64)
-
-
-def seeing(image: Tensor) -> Tensor:
-    """Return the mask of a batch whose items all have a picture."""
-    return torch.ones(len(image), dtype=torch.bool)
+    text, patches = (torch.randn(shape, generator=generator) for shape in ((n, tokens, SOURCE), (n, 9, 5)))
+    return text, torch.ones(n, tokens, dtype=torch.int64), patches
 
 
 @torch.no_grad()
@@ -63,76 +57,56 @@ def test_attention_equals_the_slow_one() -> None:
     torch.testing.assert_close(attention(queries, source), slow_attention(attention, queries, source, everything))
 
 
-def test_fusion_is_what_the_paper_says(fusion: ConceptFusion) -> None:
-    image, patches, tokens, mask = items(2)
-    concepts = fusion.read_text(fusion.slots.expand(2, -1, -1), tokens)
-    seen = fusion.project(fusion.read_image(concepts, patches).flatten(1))
-    gate = torch.sigmoid(fusion.gate(torch.cat([image, seen], dim=1)))
-    torch.testing.assert_close(fusion(image, seeing(image), patches, tokens, mask), image + gate * seen)
+def test_concepts_read_the_text_and_look_at_the_image(concepts: Concepts) -> None:
+    tokens, mask, patches = items(2)
+    said, shares = concepts(tokens, mask, patches)
+    read = concepts.read_text(concepts.slots.expand(2, -1, -1), tokens)
+    spoken = concepts.say(read.flatten(1))
+    torch.testing.assert_close(said, spoken / spoken.norm(dim=1, keepdim=True))
+    for n in range(2):
+        for k in range(3):
+            looking = concepts.look(concepts.norm(read[n, k]))
+            scores = torch.stack([looking @ concepts.look_at(patch) for patch in patches[n]]) / math.sqrt(DIM)
+            torch.testing.assert_close(shares[n, k], scores.exp() / scores.exp().sum())
 
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.bool])
-def test_padding_has_no_effect(fusion: ConceptFusion, kind: torch.dtype) -> None:
-    image, patches, tokens, mask = items(3)
+def test_padding_has_no_effect(concepts: Concepts, kind: torch.dtype) -> None:
+    tokens, mask, patches = items(3)
     padded = torch.cat([tokens, torch.full((3, 5, SOURCE), 1e3)], dim=1)
     padded_mask = torch.cat([mask, torch.zeros(3, 5, dtype=torch.int64)], dim=1).to(kind)
-    expected = fusion(image, seeing(image), patches, tokens, mask)
-    torch.testing.assert_close(fusion(image, seeing(image), patches, padded, padded_mask), expected, **EXACT)
+    for found, expected in zip(concepts(padded, padded_mask, patches), concepts(tokens, mask, patches), strict=True):
+        torch.testing.assert_close(found, expected, **EXACT)
 
 
-def test_nothing_is_read_from_a_missing_text(fusion: ConceptFusion) -> None:
-    image, patches, tokens, mask = items(2)
+def test_a_missing_text_says_nothing(concepts: Concepts) -> None:
+    tokens, mask, patches = items(2)
+    expected = concepts(tokens, mask, patches)[0]
     mask[1] = 0
-    found = fusion(image, seeing(image), patches, tokens, mask)
-    torch.testing.assert_close(
-        found, fusion(image, seeing(image), patches, tokens * torch.tensor([1.0, -9.0])[:, None, None], mask)
-    )
-    # the bare slots attend over the image
-    seen = fusion.project(fusion.read_image(fusion.slots[None], patches[1:]).flatten(1))
-    gate = torch.sigmoid(fusion.gate(torch.cat([image[1:], seen], dim=1)))
-    torch.testing.assert_close(found[1:], image[1:] + gate * seen)
+    found = concepts(tokens, mask, patches)[0]
+    torch.testing.assert_close(found[0], expected[0])
+    assert torch.equal(found[1], torch.zeros(7))
 
 
-def test_nothing_is_read_from_a_missing_image(fusion: ConceptFusion) -> None:
-    image, patches, tokens, mask = items(2)
-    has_image = torch.tensor([True, False])
-    found = fusion(image, has_image, patches, tokens, mask)
-    torch.testing.assert_close(found[:1], fusion(image, seeing(image), patches, tokens, mask)[:1])
-    seen = fusion.project(fusion.read_text(fusion.slots[None], tokens[1:]).flatten(1))
-    gate = torch.sigmoid(fusion.gate(torch.cat([image[1:], seen], dim=1)))
-    torch.testing.assert_close(found[1:], image[1:] + gate * seen)
+def test_text_and_image_both_tell_where_to_look(concepts: Concepts) -> None:
+    tokens, mask, patches = items(1)
+    said, shares = concepts(tokens, mask, patches)
+    other_said, other_shares = concepts(-tokens, mask, patches)
+    assert not torch.allclose(said, other_said, atol=1e-3)
+    assert not torch.allclose(shares, other_shares, atol=1e-3)
+    assert not torch.allclose(shares, concepts(tokens, mask, -patches)[1], atol=1e-3)
 
 
-def test_text_and_image_both_tell(fusion: ConceptFusion) -> None:
-    image, patches, tokens, mask = items(1)
-    found = fusion(image, seeing(image), patches, tokens, mask)
-    assert not torch.allclose(found, fusion(image, seeing(image), patches, -tokens, mask), atol=1e-3)
-    assert not torch.allclose(found, fusion(image, seeing(image), -patches, tokens, mask), atol=1e-3)
-
-
-def test_the_gradient_reaches_every_parameter(fusion: ConceptFusion) -> None:
-    image, patches, tokens, mask = items(3)
-    mask[1] = 0
-    fusion(image, seeing(image), patches, tokens, mask).square().sum().backward()
-    for name, parameter in fusion.named_parameters():
+@pytest.mark.parametrize("texts", ["all but one", "none", "no items"])
+def test_every_parameter_gets_a_finite_gradient(concepts: Concepts, texts: str) -> None:
+    tokens, mask, patches = items(0 if texts == "no items" else 3)
+    mask[slice(1, 2) if texts == "all but one" else slice(None)] = 0
+    said, shares = concepts(tokens, mask, patches)
+    (said[:, 0].sum() + (shares * mask.any(dim=1)[:, None, None])[..., 0].square().sum()).backward()
+    for name, parameter in concepts.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
-        if not name.endswith("key.bias"):  # the same for every place, so the softmax takes it out
-            assert parameter.grad.abs().max() > 1e-6, name
-
-
-@pytest.mark.parametrize("texts", ["none", "no items"])
-def test_a_batch_without_texts_or_items_gives_zero_gradients(fusion: ConceptFusion, texts: str) -> None:
-    image, patches, tokens, mask = items(2 if texts == "none" else 0)
-    fusion(image, seeing(image), patches, tokens, mask * 0).sum().backward()
-    for name, parameter in fusion.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        if name.startswith("read_text") or texts == "no items":
+        if texts != "all but one":
             assert not parameter.grad.any(), name
-
-
-def test_it_begins_near_the_image_alone(fusion: ConceptFusion) -> None:
-    image, patches, tokens, mask = items(64)
-    seen = fusion(image, seeing(image), patches, tokens, mask) - image
-    assert seen.norm(dim=1).mean() < 0.5 * image.norm(dim=1).mean()
+        elif not name.endswith("key.bias"):  # the same for every place, so the softmax takes it out
+            assert parameter.grad.abs().max() > 1e-6, name

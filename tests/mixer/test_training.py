@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -42,7 +42,9 @@ def tower(request: pytest.FixtureRequest, tiny_config: ModelConfig) -> nn.Module
     torch.manual_seed(0)
     if request.param == "frozen":
         return FrozenTower(Towers(tiny_config, IMAGE_WIDTH, TEXT_WIDTH))
-    return WholeModel(MixerModel(tiny_config.model_copy(update={"train_from_block": 1})))
+    model = MixerModel(tiny_config)
+    model.image_encoder.train_from(1)
+    return WholeModel(model)
 
 
 def batch_for(tower: nn.Module, photos: int, items: int) -> Batch:
@@ -54,7 +56,8 @@ def test_photos_come_first_and_parts_do_not_mix(tower: nn.Module) -> None:
     batch = batch_for(tower, 3, 4)
     found = tower(batch)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(7))
+    known = batch.has_image | batch.token_mask.any(dim=1)
+    torch.testing.assert_close(found.norm(dim=1), torch.cat([torch.ones(3), known.float()]))
     nothing = slice(0, 0)
     of_items = ("pictures", "has_image", "tokens", "token_mask")
     parts = {field.name: getattr(batch, field.name) for field in fields(Batch)}
@@ -84,6 +87,27 @@ def test_they_equal_the_models_own_embeddings(tiny_model: MixerModel) -> None:
     torch.testing.assert_close(FrozenTower(tiny_model.towers)(cached), expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_branches_are_items_by_their_pictures_and_by_their_texts_alone(tower: nn.Module) -> None:
+    batch = batch_for(tower, 3, 4)
+    found = tower(batch, branches=True)
+    assert torch.equal(found[:7], tower(batch))
+    without_text = replace(batch, token_mask=torch.zeros_like(batch.token_mask))
+    torch.testing.assert_close(found[7:11], tower(without_text)[3:])
+    without_picture = replace(batch, has_image=torch.zeros_like(batch.has_image))
+    torch.testing.assert_close(found[11:], tower(without_picture)[3:])
+
+    batch.targets.weights[:] = torch.arange(7) + 1.0
+    targets = batch.targets_by_branch(0.25)
+    both = batch.has_image & batch.token_mask.any(dim=1)
+    assert both.any()
+    assert not both.all()
+    assert torch.equal(targets.weights[:7], batch.targets.weights)
+    for alone in (targets[torch.arange(7, 11)], targets[torch.arange(11, 15)]):
+        assert torch.equal(alone.classes, batch.targets.classes[3:])
+        assert torch.equal(alone.weights, 0.25 * batch.targets.weights[3:] * both)
+
+
 @pytest.mark.parametrize(("photos", "items"), [(2, 0), (0, 2), (0, 0), (3, 1)])
 def test_every_trained_parameter_gets_a_gradient_whatever_the_batch_holds(
     tower: nn.Module, photos: int, items: int
@@ -100,7 +124,7 @@ def test_every_trained_parameter_gets_a_gradient_whatever_the_batch_holds(
         nothing_to_learn = (
             photos + items == 0
             or (photos == 0 and "query_transform" in name)
-            or (items == 0 and ("item_transform" in name or "fusion" in name or "missing" in name))
+            or (items == 0 and ("item_transform" in name or "concepts" in name or "gates" in name))
         )
         if nothing_to_learn:
             assert not parameter.grad.any(), name

@@ -109,18 +109,26 @@ def check_model(folder: Path, report: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_image_encoder_can_be_trained_too(workspace: Path, architecture: ModelConfig) -> None:
-    tuned = architecture.model_copy(update={"train_from_block": 1})
-    report = train(run_config(workspace, tuned, epochs=1))
-    assert not (workspace / "features").exists()
-    before = MixerModel(tuned).state_dict()
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_image_encoder_can_be_trained_too(workspace: Path, architecture: ModelConfig, epochs: int) -> None:
+    tuning = {"epochs": epochs, "from_block": 1, "batch_size": 6, "encoder_lr": 0.01}
+    report = train(run_config(workspace, architecture, epochs=1, fine_tune=tuning))
+    assert [entry["epoch"] for entry in report["history"]] == list(range(1 + epochs))
+    before = MixerModel(architecture).state_dict()
     after = weights(workspace, report)
     changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
     assert any(name.startswith("image_encoder.") and ".1." in name for name in changed)
     assert not any(name.startswith("text_encoder.") for name in changed)
     assert not any(name.startswith("image_encoder.") and ".0." in name for name in changed)
     assert after["towers.feature_mean"].abs().sum() > 0, "the features' mean was lost"
-    assert math.isfinite(losses(report)[0])
+
+    # As if it had been stopped before its last epoch, the first or the second of fine-tuning; one worker takes over.
+    run = Checkpoints(open_storage(str(workspace)), report["fingerprint"])
+    shutil.rmtree(workspace / "models")
+    shutil.rmtree(workspace / run.folder / f"epoch-{epochs:05d}")
+    resumed = train(run_config(workspace, architecture, epochs=1, fine_tune=tuning, workers=1))
+    assert resumed["history"][:epochs] == report["history"][:epochs], "what was trained is trained again"
+    np.testing.assert_allclose(losses(resumed), losses(report), rtol=1e-3)
 
 
 def test_no_samples_is_one_sentence(tmp_path: Path, architecture: ModelConfig) -> None:
@@ -130,7 +138,11 @@ def test_no_samples_is_one_sentence(tmp_path: Path, architecture: ModelConfig) -
 
 def test_an_unknown_encoder_is_one_sentence(workspace: Path, architecture: ModelConfig) -> None:
     unknown = architecture.model_copy(update={"image_encoder": str(workspace / "no-such-encoder")})
-    for block in (None, 0):
-        with pytest.raises(ConfigError, match=r"^model: image encoder .*no-such-encoder: ") as error:
-            train(run_config(workspace, unknown.model_copy(update={"train_from_block": block})))
-        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"^model: image encoder .*no-such-encoder: ") as error:
+        train(run_config(workspace, unknown))
+    assert "\n" not in str(error.value)
+
+
+def test_fine_tuning_from_a_block_that_is_not_there_is_one_sentence(workspace: Path, architecture: ModelConfig) -> None:
+    with pytest.raises(ConfigError, match=r"^train\.fine_tune\.from_block 2: the image encoder has blocks 0 to 1"):
+        train(run_config(workspace, architecture, fine_tune={"epochs": 1, "from_block": 2}))

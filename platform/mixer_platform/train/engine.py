@@ -26,10 +26,9 @@ class HybridTrainer:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does, and needs no compiler
         self.config, self.steps, self.head = config, steps, head
-        trained = [parameter for parameter in tower.parameters() if parameter.requires_grad]
         self.engine, self._towers_optimizer, _, _ = deepspeed.initialize(
             model=tower,
-            optimizer=torch.optim.AdamW(trained, lr=config.tower_lr, weight_decay=config.weight_decay),
+            optimizer=torch.optim.AdamW(_groups(tower, config), weight_decay=config.weight_decay),
             config=_deepspeed_config(config, head.world),
             dist_init_required=False,
         )
@@ -41,11 +40,13 @@ class HybridTrainer:
     def step(self, batch: Batch) -> float:
         """Learn from one global batch of which `batch` is this worker's part; return the global loss."""
         self._set_learning_rates()
-        embeddings = self.engine(batch).float()
+        branches = self.config.branch_weight > 0
+        embeddings = self.engine(batch, branches=branches).float()
         if self.head.world > 1:
             # The loss is the mean over all workers already; ZeRO will divide by their number once more.
             embeddings.register_hook(lambda gradient: gradient * self.head.world)
-        loss = self.head(embeddings, batch.targets)
+        targets = batch.targets_by_branch(self.config.branch_weight) if branches else batch.targets
+        loss = self.head(embeddings, targets)
         self._head_optimizer.zero_grad(set_to_none=True)
         self.engine.backward(loss)
         self._head_optimizer.step()
@@ -56,7 +57,7 @@ class HybridTrainer:
     def _set_learning_rates(self) -> None:
         factor = learning_rate_factor(self.step_count, self.steps, self.config.warmup)
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = self.config.tower_lr * factor
+            group["lr"] = group["initial_lr"] * factor
         for group in self._head_optimizer.param_groups:
             group["lr"] = self.config.classifier_lr * factor
 
@@ -117,6 +118,15 @@ class HybridTrainer:
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         named = self.engine.module.named_parameters()
         return [(name, parameter) for name, parameter in named if parameter.requires_grad]
+
+
+def _groups(tower: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """Return what is trained, by learning rate: the image encoder, if it is, and the rest."""
+    trained = {name: parameter for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    encoder = {name for name in trained if name.startswith("image_encoder.")}
+    rates = {True: config.fine_tune.encoder_lr, False: config.tower_lr}
+    parts = {part: [trained[name] for name in trained if (name in encoder) is part] for part in rates}
+    return [{"params": parts[part], "lr": rates[part], "initial_lr": rates[part]} for part in rates if parts[part]]
 
 
 def _whole(parameter: nn.Parameter, moment: str | None, engine: Any) -> Tensor:

@@ -119,6 +119,7 @@ class FeatureSamples:
 
     def __init__(self, storage: Storage, version: str, widths: tuple[int, int], views: int, max_tokens: int) -> None:
         image_width, text_width = widths
+        self.views = views
         stored = pyarrow.dataset.dataset(storage.path(f"{KIND}/{version}/rows"), filesystem=storage.filesystem)
         keys = in_training_order(stored.to_table(columns=LABELS))
         self.ids = keys["sample_id"].to_pylist()

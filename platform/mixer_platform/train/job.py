@@ -24,7 +24,8 @@ from mixer_platform.errors import ConfigError
 from mixer_platform.storage import Storage, open_storage
 from mixer_platform.train.checkpoints import Checkpoints
 from mixer_platform.train.features import cache_features
-from mixer_platform.train.loop import encoder_widths, train_worker
+from mixer_platform.train.loop import train_worker
+from mixer_platform.train.stages import encoder_widths
 
 matplotlib.use("Agg")
 KIND = "models"
@@ -50,12 +51,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         return {**done, "reused": True}
 
     try:
-        widths = encoder_widths(config.model)
+        widths = encoder_widths(config.model, config.train.fine_tune)
     except EncoderError as error:
         raise ConfigError(f"model: {error}") from error
-    features = None
-    if config.model.train_from_block is None:
-        features = cache_features(storage, samples["version"], config.model, config.train)
+    features = cache_features(storage, samples["version"], config.model, config.train)
     job = {
         "workspace": storage.uri,
         "run": run,
@@ -123,11 +122,8 @@ def _publish(
 def load_trained(checkpoints: Checkpoints, epoch: int, architecture: ModelConfig) -> MixerModel:
     """Return the whole model with the trained parameters of a checkpoint."""
     model = MixerModel(architecture)
-    target = model if architecture.train_from_block is not None else model.towers
-    prefix = "model." if target is model else "towers."
     state = checkpoints.read_towers(epoch)
-    trained = {name.removeprefix(prefix): value for name, value in state.items() if ":" not in name}
-    target.load_state_dict(trained, strict=False)
+    model.load_state_dict({name: value for name, value in state.items() if ":" not in name}, strict=False)
     return model.eval()
 
 

@@ -38,18 +38,11 @@ class PictureSamples:
         self.labels, self.targets = read_labels(rows)
         self._images, self._texts = rows["image"].to_pylist(), rows["text"].to_pylist()
         self._preprocess, self._tokenizer = model.image_encoder.preprocess, model.text_encoder.tokenizer
+        self.views = np.iinfo(np.int32).max  # as many as are asked for
         self._seed, self._threads = seed, ThreadPoolExecutor(threads)
 
-    def pooled(self, model: MixerModel, count: int) -> Tensor:
-        """Return pooled features of up to `count` samples with a picture, spread over all, [n, width]."""
-        rows = [row for row, uri in enumerate(self._images) if uri is not None]
-        rows = rows[:: max(1, len(rows) // count)][:count]
-        with torch.no_grad():
-            parts = [self._pixels(np.array(rows[start : start + 32]), None) for start in range(0, len(rows), 32)]
-            return torch.cat([model.towers.pool(model.image_encoder(pixels)) for pixels in parts])
-
     def batch(self, rows: np.ndarray, plan: EpochPlan) -> Batch:
-        """Return the batch of these samples, newly augmented unless the plan's view of all samples is 0."""
+        """Return the batch of these samples: view 0 is the picture as it is, any other number an augmented one."""
         count = len(self.photos)
         queries, items = rows[rows < count], rows[rows >= count]
         pixels = self._pixels(np.concatenate([queries, items]), plan)
@@ -68,15 +61,15 @@ class PictureSamples:
             targets=self.targets[order],
         )
 
-    def _pixels(self, rows: np.ndarray, plan: EpochPlan | None) -> Tensor:
+    def _pixels(self, rows: np.ndarray, plan: EpochPlan) -> Tensor:
         size = self._preprocess.size
         pixels = list(self._threads.map(lambda row: self._decoded(row, plan), rows.tolist()))
         return torch.from_numpy(np.stack(pixels)) if pixels else torch.zeros(0, size, size, 3, dtype=torch.uint8)
 
-    def _decoded(self, row: int, plan: EpochPlan | None) -> np.ndarray:
+    def _decoded(self, row: int, plan: EpochPlan) -> np.ndarray:
         if self._images[row] is None:
             return np.zeros((self._preprocess.size, self._preprocess.size, 3), np.uint8)
         picture = read_picture(self._images[row])
-        if plan is not None and plan.view[row]:
+        if plan.view[row]:
             picture = augment(picture, np.random.default_rng([self._seed, row, int(plan.view[row])]))
         return self._preprocess(picture)

@@ -1,0 +1,154 @@
+"""The stages of a run: rounds over cached features of the frozen encoder, then fine-tuning over pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from mixer.config import ModelConfig
+from mixer.encoders import TextEncoder, image_encoder
+from mixer.sampling import EpochPlan
+from mixer.softmax import ShardedMarginSoftmax, class_range, fixed_scale, gather_rows
+from mixer.targets import Targets, concatenate, from_belief
+from mixer.towers import MixerModel, Towers
+from mixer.training import FrozenTower, WholeModel
+from mixer_platform.config import FineTuneConfig, TrainConfig
+from mixer_platform.errors import ConfigError
+from mixer_platform.storage import open_storage
+from mixer_platform.train.engine import HybridTrainer
+from mixer_platform.train.features import FeatureSamples
+from mixer_platform.train.pictures import PictureSamples
+
+Samples = FeatureSamples | PictureSamples
+
+
+def stages_of(config: TrainConfig) -> list[TrainConfig]:
+    """Return the settings of each stage: the rounds over cached features, then fine-tuning, if there is any."""
+    tuning = config.fine_tune
+    rates = {"tower_lr": tuning.tower_lr, "classifier_lr": tuning.classifier_lr}
+    tuned = config.model_copy(update={"epochs": tuning.epochs, "batch_size": tuning.batch_size, **rates})
+    return [config] * config.rounds + [tuned] * (tuning.epochs > 0)
+
+
+def stage_of(config: TrainConfig, epoch: int) -> int:
+    """Return which of `stages_of` an epoch belongs to; the last may have any number of epochs."""
+    return min(epoch // config.epochs, len(stages_of(config)) - 1)
+
+
+def read_samples(job: dict[str, Any], config: TrainConfig) -> Samples:
+    """Return the samples of a run as cached features of the frozen encoder."""
+    architecture = ModelConfig.model_validate(job["model"])
+    storage = open_storage(job["workspace"])
+    samples = FeatureSamples(storage, job["features"], tuple(job["widths"]), config.views, architecture.max_tokens)
+    if config.neighbours:
+        samples.pool_evidence(job["classes"], config.neighbours)
+    return samples
+
+
+def with_pictures(job: dict[str, Any], samples: Samples) -> PictureSamples:
+    """Return the same samples and targets, as pictures."""
+    architecture = ModelConfig.model_validate(job["model"])
+    storage = open_storage(job["workspace"])
+    pictures = PictureSamples(storage, job["samples"], MixerModel(architecture), job["train"]["seed"])
+    pictures.targets = samples.targets
+    return pictures
+
+
+def next_stage(
+    job: dict[str, Any], stage: int, samples: Samples, rows: int, trainer: HybridTrainer, device: torch.device
+) -> tuple[Samples, HybridTrainer]:
+    """Return what a stage but the first learns from and its trainer, given those of the stage before.
+
+    A round begins with an untrained model and with the targets that the trained one believes; fine-tuning goes on with
+    the model and the targets that it finds.
+    """
+    config = TrainConfig.model_validate(job["train"])
+    settings = stages_of(config)[stage]
+    if stage == config.rounds:
+        samples = with_pictures(job, samples)
+        return samples, new_trainer(job, settings, samples, rows, device, trainer)
+    samples.targets = relabelled(trainer, samples, config, device)
+    return samples, new_trainer(job, settings, samples, rows, device)
+
+
+def new_trainer(
+    job: dict[str, Any],
+    config: TrainConfig,
+    samples: Samples,
+    rows: int,
+    device: torch.device,
+    before: HybridTrainer | None = None,
+) -> HybridTrainer:
+    """Return a trainer of a stage over `rows` samples, the same on every worker.
+
+    The model is untrained, or what the trainer `before` has made of it.
+    """
+    architecture = ModelConfig.model_validate(job["model"])
+    torch.manual_seed(config.seed)
+    tower: FrozenTower | WholeModel
+    if isinstance(samples, FeatureSamples):
+        tower = FrozenTower(Towers(architecture, *job["widths"]))
+        tower.towers.fit_features(samples.pooled(tower.towers))
+    else:
+        model = MixerModel(architecture)
+        model.image_encoder.train_from(config.fine_tune.from_block)
+        tower = WholeModel(model)
+    scale = config.scale or fixed_scale(job["classes"])
+    head = ShardedMarginSoftmax(architecture.dim, job["classes"], config.margin, scale).to(device)
+    head.reset(config.seed)
+    if before is not None:
+        tower.load_state_dict(before.engine.module.state_dict(), strict=False)  # what it lacks was not trained
+        head.load_state_dict(before.head.state_dict())
+    return HybridTrainer(tower.to(device), head, config, config.epochs * -(-rows // config.batch_size))
+
+
+def relabelled(trainer: HybridTrainer, samples: Samples, config: TrainConfig, device: torch.device) -> Targets:
+    """Return the targets of the next round: for each photo, what its evidence and the trained model say together.
+
+    A photo is seen in `views` views. Every worker embeds its share and gets the same answer.
+    """
+    head, count = trainer.head, len(samples.photos)
+    photos, items = np.arange(count), torch.arange(count, len(samples.labels))
+    seen = [embedded(trainer, samples, photos, view, config.batch_size, device) for view in range(config.views)]
+    embeddings = F.normalize(torch.stack(seen).mean(dim=0), dim=1)
+    classes, belief = [], []
+    for start in range(0, count, config.batch_size):
+        part = photos[start : start + config.batch_size]
+        share = class_range(len(part), head.world, head.rank)
+        mine = torch.from_numpy(part[share.start : share.stop])
+        found = head.likeliest(embeddings[mine].to(device), samples.targets[mine].to(device), config.candidates)
+        classes.append(found[0].cpu())
+        belief.append(found[1].cpu())
+    weights = samples.targets.weights[:count]
+    believed = from_belief(torch.cat(classes), torch.cat(belief), config.least_belief, weights)
+    return concatenate([believed, samples.targets[items]])
+
+
+@torch.no_grad()
+def embedded(
+    trainer: HybridTrainer, samples: Samples, rows: np.ndarray, view: int, batch_size: int, device: torch.device
+) -> torch.Tensor:
+    """Return the embeddings of some samples' view, [rows, dim], on every worker; each embeds its share."""
+    total, head = len(samples.labels), trainer.head
+    plan = EpochPlan(np.arange(total), np.full(total, view), np.zeros(total, bool), np.zeros(total, bool))
+    shares = [class_range(len(rows), head.world, rank) for rank in range(head.world)]
+    mine = shares[head.rank]
+    parts = [rows[start : min(start + batch_size, mine.stop)] for start in range(mine.start, mine.stop, batch_size)]
+    embeddings = [trainer.engine(samples.batch(part, plan).to(device)).float() for part in parts or [rows[:0]]]
+    return gather_rows(torch.cat(embeddings), [len(share) for share in shares], head.group).cpu()
+
+
+def encoder_widths(architecture: ModelConfig, tuning: FineTuneConfig) -> tuple[int, int]:
+    """Return the width of a patch and of a token of the encoders that `architecture` names.
+
+    Raises EncoderError, and ConfigError if the encoder lacks the block that fine-tuning begins at.
+    """
+    text = TextEncoder(architecture.text_encoder, architecture.max_tokens)
+    image = image_encoder(architecture.image_encoder)
+    if tuning.epochs and tuning.from_block >= len(image.blocks):
+        has = f"the image encoder has blocks 0 to {len(image.blocks) - 1}"
+        raise ConfigError(f"train.fine_tune.from_block {tuning.from_block}: {has}")
+    return image.width, text.width
