@@ -65,7 +65,10 @@ def decode(data: bytes, min_side: int = 1) -> Image.Image:
 
 
 def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Return a random view: crop of 40 to 100 % of the area, mirror, small turn, brightness, contrast and colour."""
+    """Return a random view: crop of 40 to 100 % of the area, mirror, small turn, brightness, contrast and colour.
+
+    Half of the views have something in front of them: a rectangle of any colour (Zhong et al., arXiv 1708.04896).
+    """
     area = rng.uniform(0.4, 1.0)
     ratio = np.exp(rng.uniform(-0.25, 0.25))
     width, height = image.size
@@ -81,7 +84,16 @@ def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     gains = rng.uniform(0.7, 1.3) * rng.uniform(0.92, 1.08, 3)
     mean = pixels.mean()
     pixels = (pixels - mean) * rng.uniform(0.75, 1.25) + mean
-    return Image.fromarray(np.clip(pixels * gains, 0, 255).astype(np.uint8))
+    pixels = np.clip(pixels * gains, 0, 255).astype(np.uint8)
+    if rng.random() < 0.5:
+        _erase(pixels, rng)
+    return Image.fromarray(pixels)
+
+
+def _erase(pixels: np.ndarray, rng: np.random.Generator) -> None:
+    height, width = (max(1, round(side * rng.uniform(0.15, 0.5))) for side in pixels.shape[:2])
+    top, left = rng.integers(pixels.shape[0] - height + 1), rng.integers(pixels.shape[1] - width + 1)
+    pixels[top : top + height, left : left + width] = rng.integers(256, size=3)
 
 
 def _corner(image: Image.Image) -> tuple[int, ...]:

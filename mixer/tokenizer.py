@@ -30,6 +30,12 @@ class Tokenizer:
         mask = encoded["attention_mask"].astype(np.int64) * present[:, None]
         return encoded["input_ids"].astype(np.int64), mask
 
+    def words(self, text: str) -> list[str]:
+        """Return, for each token of a text, the word that it is a part of; "" for marks such as the end's."""
+        encoded = self._tokenizer(text, truncation=True, max_length=self.max_tokens)
+        spans = [None if word is None else encoded.word_to_chars(word) for word in encoded.word_ids()]
+        return ["" if span is None else text[span.start : span.end] for span in spans]
+
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files into a folder from which `Tokenizer(folder, ...)` reads them."""
         self._tokenizer.save_pretrained(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -43,7 +44,7 @@ class Towers(nn.Module):
 
     def query(self, pooled: Tensor) -> Tensor:
         """Transform pooled query photos [n, width] into unit embeddings [n, dim]."""
-        return F.normalize(self.query_transform(self._standardised(pooled)), dim=-1)
+        return F.normalize(self.query_transform(self.standardised(pooled)), dim=-1)
 
     def item(self, patches: Tensor, has_image: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """Fuse items into unit embeddings [n, dim]; 0 for an item with neither picture nor text.
@@ -59,9 +60,9 @@ class Towers(nn.Module):
         """
         missing = ~has_image[:, None]
         # What stands where a picture is missing must reach neither an embedding nor a gradient.
-        patches = self._standardised(patches.masked_fill(missing[..., None], 0))
-        said, shares = self.concepts(tokens, token_mask, patches)
-        looked_at = (shares.mean(dim=1, keepdim=True) @ patches).squeeze(1)
+        patches = self.standardised(patches.masked_fill(missing[..., None], 0))
+        said, looks, _ = self.concepts(tokens, token_mask, patches)
+        looked_at = (looks.mean(dim=1, keepdim=True) @ patches).squeeze(1)
         blind = missing | ~token_mask.bool().any(dim=1, keepdim=True)
         whole, part = (F.normalize(self.item_transform(seen), dim=1) for seen in (self.pool(patches), looked_at))
         says, shows = self.log_gates.exp()
@@ -73,7 +74,8 @@ class Towers(nn.Module):
         # One scale for all: rare features must not become loud ones.
         self.feature_std.fill_(float(pooled.var(dim=0, correction=0).mean().sqrt().clamp_min(1e-6)))
 
-    def _standardised(self, features: Tensor) -> Tensor:
+    def standardised(self, features: Tensor) -> Tensor:
+        """Take the mean and the scale that `fit_features` found out of features [.., width]."""
         scale = 1 / self.feature_std
         return torch.addcmul(-self.feature_mean * scale, features, scale)  # one pass over what is large
 
@@ -104,6 +106,17 @@ class MixerModel(nn.Module):
         """
         tokens = self.text_encoder(token_ids, token_mask)
         return self.towers.item(self.image_encoder(pixels), has_image, tokens, token_mask)
+
+    @torch.no_grad()
+    def attention(self, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return what each concept attends to: [n, concepts, patches] and [n, concepts, tokens], each of sum 1.
+
+        `arrays` are pixels, token ids and their mask, as `embed_items` takes them, of items with picture and text.
+        """
+        pixels, token_ids, token_mask = (torch.from_numpy(array) for array in arrays)
+        patches = self.towers.standardised(self.image_encoder(pixels))
+        _, looks, reads = self.towers.concepts(self.text_encoder(token_ids, token_mask), token_mask, patches)
+        return looks.numpy(), reads.numpy()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, model.safetensors and tokenizer/ into `folder`."""

@@ -95,6 +95,8 @@ class EvaluateConfig(Section):
     ks: tuple[Annotated[int, Field(ge=1)], ...] = Field((1, 5, 10), min_length=1)
     baseline: bool = Field(True, description="measure the untrained image encoder too")
     contact_sheet: int = Field(8, ge=0, description="queries on the contact sheet")
+    concept_items: int = Field(4, ge=0, description="items on the picture of what concepts read and look at")
+    against: str | None = Field(None, description="version of an earlier report to compare with")
     seed: int = Field(0, ge=0)
 
 

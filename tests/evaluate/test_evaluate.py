@@ -5,11 +5,16 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
+from mixer_platform.errors import InputError
+from mixer_platform.evaluate.compare import compare
+from mixer_platform.evaluate.concepts import Fired, draw_concepts
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
-from mixer_platform.evaluate.job import found_items, measure, publish_report
+from mixer_platform.evaluate.job import found_items, measure, photo_table, publish_report
 from mixer_platform.storage import LocalStorage
 
 
@@ -26,9 +31,9 @@ def test_measure_by_hand() -> None:
 def test_of_two_equal_reports_at_once_the_first_stands(tmp_path: Path) -> None:
     storage = LocalStorage(str(tmp_path))
     first, second = ({"version": "v", "r1": 0.5, "seconds": seconds} for seconds in (1, 2))
-    assert publish_report(storage, first, b"photos", b"sheet") == first
-    assert publish_report(storage, second, b"photos of the second", b"sheet of the second") == first
-    assert (storage.read("reports/v.parquet"), storage.read("reports/v.png")) == (b"photos", b"sheet")
+    assert publish_report(storage, first, {"png": b"sheet"}) == first
+    assert publish_report(storage, second, {"png": b"sheet of the second"}) == first
+    assert storage.read("reports/v.png") == b"sheet"
 
 
 def test_a_right_item_is_framed_and_a_missing_picture_is_no_crash(tmp_path: Path) -> None:
@@ -42,3 +47,53 @@ def test_a_right_item_is_framed_and_a_missing_picture_is_no_crash(tmp_path: Path
     green = (0x17, 0x86, 0x4A)
     assert green in {color for _, color in framed.getcolors(1 << 20)}
     assert green not in {color for _, color in plain.getcolors(1 << 20)}
+
+
+def report_of(storage: LocalStorage, version: str, hits: list[list[bool]], gallery: str = "g") -> tuple[dict, pa.Table]:
+    """Publish a report of these hits; return it and its photos."""
+    asked = pa.table(
+        {
+            "id": [f"q{row}" for row in range(len(hits))],
+            "image": ["p.png"] * len(hits),
+            "relevant_item_ids": [["a"]] * len(hits),
+            "hits": pa.array(hits, pa.list_(pa.bool_())),
+        }
+    )
+    report = {"version": version, "gallery": gallery, "truth": "t"}
+    publish_report(storage, report, {"parquet": photo_table(asked)})
+    return report, asked
+
+
+def test_a_report_is_compared_with_an_earlier_one_photo_by_photo(tmp_path: Path) -> None:
+    storage = LocalStorage(str(tmp_path))
+    report_of(storage, "before", [[False, True], [True, False], [], [False, False]])
+    report, asked = report_of(storage, "after", [[True, False], [True, False], [True], [False, True]])
+    gain = compare(storage, "reports", report, asked, "before")
+    assert (gain["version"], gain["r1_gain"]) == ("before", 0.5)
+    assert 0 <= gain["interval"][0] < 0.5 < gain["interval"][1] <= 1
+
+
+@pytest.mark.parametrize("part", ["gallery", "truth"])
+def test_reports_of_different_galleries_or_truths_are_not_compared(tmp_path: Path, part: str) -> None:
+    storage = LocalStorage(str(tmp_path))
+    report_of(storage, "before", [[True]])
+    report, asked = report_of(storage, "after", [[True]])
+    with pytest.raises(
+        InputError, match=rf"^evaluate\.against: reports/before was measured on another {part}; "
+    ) as error:
+        compare(storage, "reports", {**report, part: "another"}, asked, "before")
+    assert "\n" not in str(error.value)
+
+
+def test_concepts_are_drawn_with_their_words_and_where_they_look() -> None:
+    pixels = np.full((32, 32, 3), 200, np.uint8)
+    looks = np.zeros((2, 2, 2))
+    looks[0, 0, 0] = looks[1, 1, 1] = 1  # the first looks to the upper left, the second to the lower right
+    sheet = Image.open(io.BytesIO(draw_concepts([Fired(pixels, "red apples", looks, ["red", "apples"])]))).convert(
+        "RGB"
+    )
+    red = np.asarray(sheet, int)[..., 0] - np.asarray(sheet, int)[..., 1]
+    first, second = (red[10:142, left : left + 132] for left in (152, 294))
+    assert first[:40, :40].mean() > 50 > first[90:, 90:].mean()
+    assert second[90:, 90:].mean() > 50 > second[:40, :40].mean()
+    assert draw_concepts([]).startswith(b"\x89PNG")

@@ -26,6 +26,12 @@ def test_texts_are_padded_to_the_longest_and_missing_ones_masked(tokenizer: Toke
     assert ids[2, 2:].tolist() == [SEP, PAD, PAD]
 
 
+def test_tokens_know_their_words(tokenizer: Tokenizer) -> None:
+    assert tokenizer.words("red apples") == ["", "red", "apples", "apples", ""]
+    assert tokenizer.words("") == ["", ""]
+    assert len(tokenizer.words("red green blue apple pear milk sweet")) == 6
+
+
 def test_long_texts_are_cut_and_keep_their_end_mark(tokenizer: Tokenizer) -> None:
     ids, mask = tokenizer(["red green blue apple pear milk sweet"])
     assert ids.shape == (1, 6)

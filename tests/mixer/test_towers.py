@@ -82,7 +82,7 @@ def test_the_towers_are_what_they_say(tiny_model: MixerModel) -> None:
 
     ids, mask = torch.tensor([[2, 5, 3]] * 3), torch.tensor([[1, 1, 1], [0, 0, 0], [1, 1, 1]])
     seen = (patches - towers.feature_mean) / towers.feature_std
-    said, shares = towers.concepts(tiny_model.text_encoder(ids, mask), mask, seen)
+    said, shares, _ = towers.concepts(tiny_model.text_encoder(ids, mask), mask, seen)
     whole = towers.item_transform(plain)
     part = towers.item_transform(torch.einsum("nkp,npd->nkd", shares, seen).mean(dim=1))
     whole, part = (each / each.norm(dim=1, keepdim=True) for each in (whole, part))

@@ -18,23 +18,27 @@ import pyarrow.parquet as pq
 import ray.data
 
 from mixer.config import ModelConfig
+from mixer.embedder import item_text
+from mixer.images import UnreadableImage, decode
 from mixer.metrics import hit_at_k, macro, ndcg_at_k, relevance
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
-from mixer_platform.errors import ConflictError, InputError
+from mixer_platform.errors import ConflictError, InputError, MissingError
+from mixer_platform.evaluate.compare import compare
+from mixer_platform.evaluate.concepts import Fired, concepts_of, draw_concepts
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
 from mixer_platform.evaluate.embed import ITEM, PHOTO, PhotoWorker, export_untrained, picture_rows
 from mixer_platform.gallery import MISSING, IndexManifest, Shard, merge_top_k, read_manifest
 from mixer_platform.inputs import InputFiles, find_file, find_input, pictures_tag, read_input
 from mixer_platform.schema import ITEMS, TRUTH, Table
-from mixer_platform.storage import Storage, open_storage, resolve_uri
+from mixer_platform.storage import Storage, open_storage, read_uri, resolve_uri
 
 KIND = "reports"
 _NDCG_K = 10
 
 
 def evaluate(config: RunConfig) -> dict[str, Any]:
-    """Ask the published index every truth photo; write `reports/<version>.json` and `.png`; return the report.
+    """Ask the published index every truth photo; write `reports/<version>.json` and pictures; return the report.
 
     The untrained encoder answers the same photos over the same gallery: features pooled, centred, cosine.
     Raises InputError for a truth that cannot be used, StorageError when no index or not its model is there.
@@ -59,17 +63,23 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         raise InputError(f"{truth.storage.uri}/{', '.join(truth.tags)}: no photo can be read; nothing to evaluate")
     relevant = [set(ids) for ids in asked["relevant_item_ids"].to_pylist()]
     depth = max(*config.evaluate.ks, _NDCG_K)
-    results = search_index(storage, index, _vectors(asked["query"]), depth)
-    figures = measure([[item["item_id"] for _, item in found] for found in results], relevant, config.evaluate.ks)
+    shards = open_shards(storage, index)
+    results = search_shards(shards, _vectors(asked["query"]), depth)
+    ranked = [[item["item_id"] for _, item in found] for found in results]
+    asked = asked.append_column("hits", pa.array(relevance(ranked, relevant).tolist(), pa.list_(pa.bool_())))
     report: dict[str, Any] = {
-        **figures,
+        **measure(ranked, relevant, config.evaluate.ks),
         "queries": len(asked),
         "unusable_photos": len(photos) - len(asked),
         "items": index.items,
         "index": index.version,
         "model": index.model,
         "samples": model["samples"],
+        "gallery": gallery_of(shards),
+        "truth": versions.fingerprint(asked.select(["id", "relevant_item_ids"]).to_pylist()),
     }
+    if config.evaluate.against:
+        report["against"] = compare(storage, KIND, report, asked, config.evaluate.against)
     if encoder and items["untrained"].null_count < len(items):
         ranked = _untrained_ranking(asked, items, depth)
         report["untrained"] = measure(ranked, relevant, config.evaluate.ks)
@@ -81,13 +91,15 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         "seed": config.evaluate.seed,
         "seconds": round(time.monotonic() - started, 2),
     }
-    return publish_report(storage, report, _photo_table(asked), _sheet(asked, results, relevant, config))
+    files = {"parquet": photo_table(asked), "png": _sheet(asked, results, relevant, config)}
+    files["concepts.png"] = draw_concepts(_fired(storage, index.model, results, config))
+    return publish_report(storage, report, files)
 
 
-def publish_report(storage: Storage, report: dict[str, Any], photos: bytes, sheet: bytes) -> dict[str, Any]:
-    """Write a report's files and return it, or the equal one that another run published meanwhile."""
+def publish_report(storage: Storage, report: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
+    """Write a report's files, by their endings, and return it, or the equal one that another run published."""
     address = f"{KIND}/{report['version']}"
-    files = {"parquet": photos, "png": sheet, "json": versions.to_json(report)}  # what shows the others comes last
+    files = {**files, "json": versions.to_json(report)}  # what shows the others comes last
     for ending, content in files.items():
         with suppress(ConflictError):
             storage.publish(f"{address}.{ending}", content, replaces=None)
@@ -101,13 +113,15 @@ def find_truth(config: RunConfig) -> InputFiles:
     return find_input(config.data, Table("val", TRUTH.required))
 
 
-def search_index(
-    storage: Storage, index: IndexManifest, queries: np.ndarray, k: int
-) -> list[list[tuple[float, dict[str, Any]]]]:
-    """Return the k best items of each query, best first: their scores and display columns."""
+def open_shards(storage: Storage, index: IndexManifest) -> list[Shard]:
+    """Return the shards of a published index. Raises StorageError if a file is not as published."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = versions.fetch(storage, f"index/{index.version}", scratch)
-        shards = [Shard(folder, entry, index.search, threads=os.cpu_count() or 1) for entry in index.shards]
+        return [Shard(folder, entry, index.search, threads=os.cpu_count() or 1) for entry in index.shards]
+
+
+def search_shards(shards: list[Shard], queries: np.ndarray, k: int) -> list[list[tuple[float, dict[str, Any]]]]:
+    """Return the k best items of each query, best first: their scores and display columns."""
     scores, ids = merge_top_k([shard.search(queries, k) for shard in shards], k)
     shown: dict[int, dict[str, Any]] = {}
     for shard in shards:
@@ -117,6 +131,11 @@ def search_index(
         [(score, shown[identity]) for score, identity in zip(*row, strict=True) if identity != MISSING]
         for row in zip(scores.tolist(), ids.tolist(), strict=True)
     ]
+
+
+def gallery_of(shards: list[Shard]) -> str:
+    """Return what names the items of an index, whatever model embedded them."""
+    return versions.fingerprint(sorted(item for shard in shards for item in shard.rows["item_id"].to_pylist()))
 
 
 def measure(ranked: list[list[str]], relevant: list[set[str]], ks: tuple[int, ...]) -> dict[str, float]:
@@ -169,6 +188,24 @@ def _sheet(asked: pa.Table, results: list, relevant: list[set[str]], config: Run
     return draw_sheet([(photos[row], found_items(results[row][:5], relevant[row], root)) for row in chosen.tolist()])
 
 
+def _fired(storage: Storage, model: str, results: list, config: RunConfig) -> list[Fired]:
+    """Return what the concepts of some found items do, of the first that have a picture and a text."""
+    from mixer.towers import MixerModel  # here, not at the top: the actors of this package need no torch
+
+    fired: list[Fired] = []
+    root = open_storage(config.data).uri
+    with tempfile.TemporaryDirectory() as scratch:
+        trained = MixerModel.from_pretrained(versions.fetch(storage, f"models/{model}", scratch))
+    for item in {item["item_id"]: item for found in results for _, item in found[:1]}.values():
+        if len(fired) == config.evaluate.concept_items:
+            break
+        text = item_text(item.get("title"), item.get("description"))
+        if text and item.get("image"):
+            with suppress(MissingError, UnreadableImage):
+                fired.append(concepts_of(trained, decode(read_uri(resolve_uri(item["image"], root))), text))
+    return fired
+
+
 def found_items(items: list[tuple[float, dict[str, Any]]], relevant: set[str], root: str) -> list[Found]:
     """Return what a contact sheet shows of search results, given what is right and where the items' pictures are."""
     return [
@@ -182,10 +219,11 @@ def found_items(items: list[tuple[float, dict[str, Any]]], relevant: set[str], r
     ]
 
 
-def _photo_table(asked: pa.Table) -> bytes:
-    """Return the photos that were asked as Parquet: query_id, image, relevant_item_ids."""
+def photo_table(asked: pa.Table) -> bytes:
+    """Return the photos that were asked as Parquet: query_id, image, relevant_item_ids, and the hits by rank."""
     sink = pa.BufferOutputStream()
-    pq.write_table(asked.select(["id", "image", "relevant_item_ids"]).rename_columns(TRUTH.required.names), sink)
+    table = asked.select(["id", "image", "relevant_item_ids", "hits"])
+    pq.write_table(table.rename_columns([*TRUTH.required.names, "hits"]), sink)
     return sink.getvalue().to_pybytes()
 
 
