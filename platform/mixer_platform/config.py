@@ -40,7 +40,7 @@ class FineTuneConfig(Section):
     epochs: int = Field(0, ge=0, description="after those of the rounds; 0: the encoder stays as it is")
     from_block: int = Field(6, ge=0, description="the first block of the image encoder that learns; 0: all of it")
     batch_size: int = Field(64, ge=1, description="samples a step, over all workers")
-    encoder_lr: float = Field(1e-4, gt=0)
+    encoder_lr: float = Field(3e-4, gt=0)
     tower_lr: float = Field(3e-4, gt=0)
     classifier_lr: float = Field(3e-3, gt=0)
 

@@ -1,0 +1,136 @@
+"""How much wrong clicks cost: the project's own marketplace, simulated again with more and more of them.
+
+    .venv/bin/python benchmarks/noise.py [--things 800] [--seeds 3] [--levels 0 0.2 0.4 0.6]
+
+Things, pictures, demand and the engine stay the same; what changes is the share of people's clicks that are on wrong
+items. The same methods as in quality.py learn from each set of logs, with the demo's configuration. Prints a table with
+95 % bootstrap intervals over photos and, as its last line, one JSON object. Label quality is held against the
+simulator's truth: how many photos are samples at all, how many of these have the class of the thing that they show as
+their likeliest, and how many items share a class with another thing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from learning import Bench, Classification, arcface, infonce, shared_evidence
+from quality import clicked_pairs, cosines, figures_of, hits_of, prepare_bench
+
+from mixer_platform import versions
+from mixer_platform.cli import connect
+from mixer_platform.config import load_config
+from mixer_platform.prepare.job import prepare
+from mixer_platform.simulate.job import drawings_beside, simulate
+from mixer_platform.storage import open_storage
+from mixer_platform.train.features import FeatureSamples
+from mixer_platform.train.labels import in_training_order, read_labels
+
+CONFIG = Path(__file__).parents[1] / "jobs/configs/demo.yaml"
+
+
+def marketplace(folder: Path, level: float, things: int | None) -> tuple[str, float]:
+    """Simulate a marketplace; return its folder and the share of people's clicks that are on wrong items."""
+    overrides = [f"simulate.clicks.click_noise={level}", f"simulate.max_things={things or 'null'}"]
+    config = load_config(CONFIG, overrides)
+    data = folder / f"noise-{level}"
+    report = simulate(config.simulate, data, drawings_beside(data))
+    return str(data), report["logs"]["clicks_on_wrong_items_by_people"]
+
+
+def relabelled(bench: Bench, data: str, workspace: str) -> Bench:
+    """Return the bench of other logs of the same photos and items, whose features are known already."""
+    config = bench.config.model_copy(update={"data": data, "workspace": workspace})
+    storage = open_storage(workspace)
+    prepared = prepare(config)
+    rows = pq.read_table(storage.path(f"samples/{prepared['version']}/train"), filesystem=storage.filesystem)
+    rows = in_training_order(rows)
+    place = {key: row for row, key in enumerate(bench.samples.ids)}
+    known = np.array([key in place for key in rows["sample_id"].to_pylist()])
+    rows = rows.filter(known)
+    ids = rows["sample_id"].to_pylist()
+    at = torch.tensor([place[key] for key in ids])
+    photos, items = at[at < bench.photos], at[at >= bench.photos] - bench.photos
+    samples = object.__new__(FeatureSamples)
+    samples.__dict__ |= bench.samples.__dict__
+    samples.ids, samples.photos = ids, bench.samples.photos[photos]
+    samples.labels, samples.targets = read_labels(rows)
+    for name in ("pictures", "has_image", "tokens", "token_mask"):
+        setattr(samples, name, getattr(bench.samples, name)[items])
+    other = replace(bench, config=config, samples=samples, classes=prepared["classes"])
+    return replace(other, clicks=clicked_pairs(other))
+
+
+def label_quality(bench: Bench, data: str) -> dict[str, float]:
+    """Return shares: photos that are samples, of these those of the right class, items in a class with another."""
+    truth = pq.read_table(Path(data) / "truth.parquet")
+    right = dict(zip(truth["query_id"].to_pylist(), truth["item_id"].to_pylist(), strict=True))
+    labels = bench.samples.labels.tolist()
+    class_of = dict(zip(bench.item_ids, labels[bench.photos :], strict=True))
+    photos = zip(bench.samples.ids[: bench.photos], labels[: bench.photos], strict=True)
+    correct = [label == class_of.get(right[photo]) for photo, label in photos]
+    together = np.bincount(list(class_of.values()))[list(class_of.values())] > 1
+    shares = {"coverage": len(correct) / len(right), "purity": np.mean(correct), "merged": together.mean()}
+    return {name: round(float(share), 4) for name, share in shares.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--levels", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6], metavar="SHARE")
+    parser.add_argument("--things", type=int, help="default: all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workspace", help="where marketplaces and samples go; default: a temporary folder")
+    arguments = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    connect()
+    with tempfile.TemporaryDirectory() as scratch:
+        levels = sweep(Path(arguments.workspace or scratch).resolve(), arguments)
+    report: dict[str, Any] = {
+        "levels": levels,
+        "seeds": arguments.seeds,
+        "commit": versions.commit(os.path.dirname(__file__)),
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+    }
+    print(json.dumps(report))
+
+
+def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print a row for each level and method; return the figures of each level."""
+    heads = ("R@1", "95 %", "wrong clicks", "coverage", "purity", "merged")
+    print(f"{'':10}{'':12}" + "".join(f"{head:>17}" for head in heads))
+    levels: list[dict[str, Any]] = []
+    base: Bench | None = None
+    for level in arguments.levels:
+        data, wrong = marketplace(folder, level, arguments.things)
+        workspace = str(folder / f"workspace-{level}")
+        base = base or prepare_bench(data, workspace, CONFIG)
+        bench = relabelled(base, data, workspace)
+        methods = {
+            "infonce": infonce,
+            "arcface": arcface,
+            "mixer": Classification(shared_evidence(bench), bench.classes),
+        }
+        figures: dict[str, Any] = {"level": level, "wrong_clicks": round(wrong, 4), **label_quality(bench, data)}
+        for name, method in methods.items():
+            towers = [method(bench, seed) for seed in range(arguments.seeds)]
+            runs = [hits_of(bench.item_ids, bench.relevant, cosines(bench, each)) for each in towers]
+            figures[name] = figures_of(bench, runs, 0.0)
+            low, high = figures[name]["r1_interval"]
+            row = [f"{figures[name]['r1']:.3f}", f"{low:.3f} to {high:.3f}"]
+            row += [f"{figures[key]:.3f}" for key in ("wrong_clicks", "coverage", "purity", "merged")]
+            print(f"{level:<10}{name:12}" + "".join(f"{cell:>17}" for cell in row), flush=True)
+        levels.append(figures)
+    return levels
+
+
+if __name__ == "__main__":
+    main()
