@@ -13,8 +13,8 @@ from mixer.softmax import class_range
 class EpochPlan:
     """One pass over n samples.
 
-    order: each sample once, [n]. view: which augmented view of each sample, [n]. drop_text, drop_image: bool [n],
-    what is hidden from the model where the sample is an item (never both).
+    order: [n], each sample once, or as often as its class deserves. view: which augmented view of each sample, [n].
+    drop_text, drop_image: bool [n], what is hidden from the model where the sample is an item (never both).
     """
 
     order: np.ndarray
@@ -33,15 +33,36 @@ class EpochPlan:
 
 
 def plan_epoch(
-    samples: int, views: int, epoch: int, seed: int, text_dropout: float = 0.0, image_dropout: float = 0.0
+    samples: int,
+    views: int,
+    epoch: int,
+    seed: int,
+    text_dropout: float = 0.0,
+    image_dropout: float = 0.0,
+    chance: np.ndarray | None = None,
 ) -> EpochPlan:
-    """Draw the plan of one epoch."""
+    """Draw the plan of one epoch, with each sample once, or n * `chance` [n] times, rounded up or down at random."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(samples)
+    if chance is not None:
+        # Systematic: draws are evenly spaced on the sum of chances, so no sample's number varies by more than one.
+        places = (rng.random() + np.arange(samples)) / samples
+        order = rng.permutation(order[np.searchsorted(chance[order].cumsum(), places).clip(max=samples - 1)])
     view = rng.integers(views, size=samples)
     drop_text = rng.random(samples) < text_dropout
     drop_image = (rng.random(samples) < image_dropout) & ~drop_text
     return EpochPlan(order, view, drop_text, drop_image)
+
+
+def class_chances(labels: np.ndarray, alpha: float) -> np.ndarray | None:
+    """Return the chance of each sample, [n], if a class of m samples is drawn with p ~ m^alpha; None: as they come.
+
+    1 is the logs' own skew, 0 every class alike, 0.5 between (Mahajan et al., ECCV 2018, arXiv 1805.00932).
+    """
+    if alpha == 1:
+        return None
+    sizes = np.bincount(labels)[labels].astype(float)
+    return sizes ** (alpha - 1) / (sizes ** (alpha - 1)).sum()
 
 
 def learning_rate_factor(step: int, steps: int, warmup: float) -> float:

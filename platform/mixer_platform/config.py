@@ -67,6 +67,9 @@ class TrainConfig(Section):
     scale: float | None = Field(
         None, gt=0, description="cosines are multiplied by it before the softmax; null: by AdaCos' fixed scale"
     )
+    skew: float = Field(
+        1.0, ge=0, le=1, description="a class of n samples is drawn with p ~ n^skew; 1: as logged, 0: all alike"
+    )
     branch_weight: float = Field(
         0.5, ge=0, description="how much an item's picture alone, and its text alone, count beside both together"
     )

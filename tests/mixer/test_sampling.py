@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mixer.sampling import learning_rate_factor, plan_epoch
+from mixer.sampling import class_chances, learning_rate_factor, plan_epoch
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
@@ -52,6 +52,28 @@ def test_nothing_is_dropped_unless_asked() -> None:
     assert not plan.view.any()
     assert not plan.drop_text.any()
     assert not plan.drop_image.any()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9])
+def test_a_class_is_drawn_by_a_power_of_its_size(alpha: float) -> None:
+    labels = np.repeat([0, 1, 2], [900, 90, 10])
+    chance = class_chances(labels, alpha)
+    assert chance is not None
+    assert chance.sum() == pytest.approx(1)
+    wanted = np.array([900.0, 90, 10]) ** alpha
+    assert np.bincount(labels, weights=chance) == pytest.approx(wanted / wanted.sum())
+    plans = [plan_epoch(1000, 1, epoch, 0, chance=chance) for epoch in range(30)]
+    for plan in plans:
+        drawn = np.bincount(plan.order, minlength=1000)
+        assert drawn.sum() == 1000
+        assert np.abs(drawn - 1000 * chance).max() < 1  # rounded up or down, no more
+    drawn = np.bincount(labels[np.concatenate([plan.order for plan in plans])])
+    assert drawn / drawn.sum() == pytest.approx(wanted / wanted.sum(), abs=0.01)
+    assert len(np.unique(np.concatenate([plan.order for plan in plans]))) > 950  # a head's samples take turns
+
+
+def test_as_they_come_is_each_sample_once() -> None:
+    assert class_chances(np.array([0, 0, 1]), 1.0) is None
 
 
 def test_the_learning_rate_rises_and_falls() -> None:

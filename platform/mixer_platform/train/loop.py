@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from mixer.metrics import hit_at_k
-from mixer.sampling import EpochPlan, plan_epoch
+from mixer.sampling import EpochPlan, class_chances, plan_epoch
 from mixer.targets import Targets
 from mixer_platform.config import TrainConfig
 from mixer_platform.storage import open_storage
@@ -58,6 +58,7 @@ def train_worker(job: dict[str, Any]) -> None:
         trainer.load_tower_state(checkpoints.read_towers(state["epoch"]), state["step"])
         trainer.load_head_state(checkpoints.read_classes(state["epoch"], trainer.head.owned), state["step"])
 
+    chance = class_chances(samples.labels.numpy(), config.skew)
     last = config.rounds * config.epochs + config.fine_tune.epochs
     for epoch in range(start, last):
         began = time.monotonic()
@@ -67,9 +68,8 @@ def train_worker(job: dict[str, Any]) -> None:
             if rank == 0:
                 checkpoints.write_targets(stage, samples.targets)
         size = stages[stage].batch_size
-        plan = plan_epoch(
-            len(samples.labels), samples.views, epoch, config.seed, config.text_dropout, config.image_dropout
-        )
+        dropout = (config.text_dropout, config.image_dropout)
+        plan = plan_epoch(len(samples.labels), samples.views, epoch, config.seed, *dropout, chance)
         plan = EpochPlan(plan.order[np.isin(plan.order, rows)], plan.view, plan.drop_text, plan.drop_image)
         losses = [trainer.step(samples.batch(part, plan).to(device)) for part in plan.batches(size, world, rank)]
         metrics = {"epoch": epoch, "loss": float(np.mean(losses))}
