@@ -299,13 +299,10 @@ def _learn_pairs(
 
 def most_clicked(bench: Bench) -> tuple[Tensor, Tensor]:
     """Return the most clicked item of each sample, an item's own, and how much each counts: 0 without a click."""
-    pairs = bench.clicks[np.argsort(bench.clicks[:, 2], kind="stable")]  # the last one written stays
-    labels = torch.cat([torch.zeros(bench.photos, dtype=torch.int64), torch.arange(len(bench.item_ids))])
-    weights = (labels > 0).float()
-    weights[bench.photos :] = 1
-    labels[pairs[:, 0]] = torch.from_numpy(pairs[:, 1])
-    weights[pairs[:, 0]] = 1
-    return labels, weights
+    pairs = bench.clicks[np.argsort(bench.clicks[:, 2], kind="stable")]
+    labels = np.concatenate([np.full(bench.photos, -1), np.arange(len(bench.item_ids))])
+    labels[pairs[:, 0]] = pairs[:, 1]  # of equal rows numpy, unlike torch, keeps the last: the most clicked
+    return torch.from_numpy(labels.clip(min=0)), torch.from_numpy(labels >= 0).float()
 
 
 def shared_evidence(bench: Bench) -> Targets:
