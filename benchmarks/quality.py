@@ -1,6 +1,6 @@
 """How well a photo finds its item: Mixer beside what people use today, and without each of its parts.
 
-    .venv/bin/python benchmarks/quality.py --data FOLDER [--seeds 3] [--fine-tune 6]
+    .venv/bin/python benchmarks/quality.py --data FOLDER [--seeds 3] [--fine-tune 4]
 
 The same cached features of the frozen encoder, the same towers, photos and number of steps for every method, in one
 process; the fine-tuned model comes from the product's train job. Prints tables (means over seeds, 95 % bootstrap
@@ -56,6 +56,7 @@ from mixer.training import FrozenTower
 from mixer_platform import versions
 from mixer_platform.cli import connect
 from mixer_platform.config import RunConfig, load_config
+from mixer_platform.errors import MissingError
 from mixer_platform.evaluate.job import find_truth
 from mixer_platform.inputs import IMAGE, REASON, find_input, read_input
 from mixer_platform.prepare.job import prepare
@@ -212,7 +213,7 @@ def fine_tuned(bench: Bench, seed: int, epochs: int) -> tuple[np.ndarray, float]
             text = item_text(row.get("title"), row.get("description"))
             try:
                 picture = decode(read_uri(row[IMAGE])) if row[IMAGE] else None
-            except (UnreadableImage, OSError):
+            except (UnreadableImage, MissingError):
                 picture = None
             if row["item_id"] in bench.item_ids:
                 gallery[row["item_id"]] = items([picture], [text])[0]
@@ -324,7 +325,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a folder with items, queries, logs and val")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--fine-tune", type=int, default=6, metavar="EPOCHS", help="0: leave that row out")
+    parser.add_argument("--fine-tune", type=int, default=4, metavar="EPOCHS", help="0: leave that row out")
     parser.add_argument("--workspace", help="where samples and features go; default: a temporary folder")
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
