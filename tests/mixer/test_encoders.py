@@ -97,6 +97,10 @@ def encoder(request: pytest.FixtureRequest, vit_path: str) -> ImageEncoder:
     return image_encoder(vit_path if request.param == "vit" else EFFICIENTNET_LITE0)
 
 
+def test_weights_are_laid_out_as_deepspeed_broadcasts_them(encoder: ImageEncoder) -> None:
+    assert all(parameter.is_contiguous() for parameter in encoder.parameters())
+
+
 def test_an_empty_batch_brings_a_zero_gradient_for_all_that_is_trained(encoder: ImageEncoder) -> None:
     size = encoder.preprocess.size
     encoder.train_from(len(encoder.blocks) - 1)
