@@ -83,43 +83,49 @@ class NoMemory(Towers):
         super().__init__(config, image_width, text_width)
         self.text_transform = nn.Linear(text_width, config.dim)
 
-    def item(self, patches: Tensor, has_image: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        image = self.item_transform(self.pool(self.standardised(patches)))
-        text = self.text_transform(mean_token(tokens, token_mask))
-        seen = F.normalize(image, dim=1) * has_image[:, None]
-        return F.normalize(seen + F.normalize(text, dim=1) * token_mask.any(dim=1)[:, None], dim=1)
+    def item_branches(
+        self, patches: Tensor, has_image: Tensor, tokens: Tensor, token_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        pooled = self.pool(self.standardised(patches)) * has_image[:, None]
+        whole = F.normalize(self.item_transform(pooled), dim=1) * has_image[:, None]
+        said = F.normalize(self.text(pooled, tokens, token_mask), dim=1) * token_mask.any(dim=1)[:, None]
+        return F.normalize(whole + said, dim=1), whole, said
+
+    def text(self, pooled: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
+        """Return what the text says, [n, dim], of any length."""
+        return self.text_transform(mean_token(tokens, token_mask))
 
 
-class Concatenated(NoMemory):
-    """Picture and text side by side through one transformation."""
-
-    def __init__(self, config, image_width: int, text_width: int) -> None:  # type: ignore[no-untyped-def]
-        super().__init__(config, image_width, text_width)
-        self.text_transform = nn.Linear(image_width + text_width, config.dim)
-
-    def item(self, patches: Tensor, has_image: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        image = self.pool(self.standardised(patches)) * has_image[:, None]
-        text = mean_token(tokens, token_mask)
-        scale = (self.text_transform.in_features - text.shape[1]) ** 0.5 / text.shape[1] ** 0.5
-        return F.normalize(self.text_transform(torch.cat([image, text * scale], dim=1)), dim=1)
-
-
-class Reversed(Towers):
+class Reversed(NoMemory):
     """The picture asks and the text is read: query and value of the attention change places."""
 
     def __init__(self, config, image_width: int, text_width: int) -> None:  # type: ignore[no-untyped-def]
         super().__init__(config, image_width, text_width)
         self.ask = nn.Linear(image_width, config.concept_dim)
         self.asked = nn.Linear(text_width, config.concept_dim)
-        self.value = nn.Linear(text_width, config.dim)
 
-    def item(self, patches: Tensor, has_image: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
-        pooled = self.pool(self.standardised(patches)) * has_image[:, None]
+    def text(self, pooled: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
         scores = (self.asked(tokens) @ self.ask(pooled)[..., None])[..., 0] / self.ask.out_features**0.5
-        shares = torch.softmax(scores.masked_fill(token_mask == 0, -1e9), dim=1) * token_mask.any(dim=1)[:, None]
-        text = self.value((shares[:, None] @ tokens)[:, 0])
-        seen = F.normalize(self.item_transform(pooled), dim=1) * has_image[:, None]
-        return F.normalize(seen + F.normalize(text, dim=1) * token_mask.any(dim=1)[:, None], dim=1)
+        shares = torch.softmax(scores.masked_fill(token_mask == 0, -1e9), dim=1)
+        return self.text_transform((shares[:, None] @ tokens)[:, 0])
+
+
+class Concatenated(Towers):
+    """Picture and text side by side through one transformation."""
+
+    def __init__(self, config, image_width: int, text_width: int) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(config, image_width, text_width)
+        self.transform = nn.Linear(image_width + text_width, config.dim)
+
+    def item_branches(
+        self, patches: Tensor, has_image: Tensor, tokens: Tensor, token_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        image = self.pool(self.standardised(patches)) * has_image[:, None]
+        text = mean_token(tokens, token_mask)
+        text = text * (image.shape[1] / text.shape[1]) ** 0.5  # both weigh the same
+        shown = [(image, text), (image, torch.zeros_like(text)), (torch.zeros_like(image), text)]
+        fused, whole, said = (F.normalize(self.transform(torch.cat(parts, dim=1)), dim=1) for parts in shown)
+        return fused, whole, said
 
 
 def mean_token(tokens: Tensor, token_mask: Tensor) -> Tensor:

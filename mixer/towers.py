@@ -49,24 +49,32 @@ class Towers(nn.Module):
     def item(self, patches: Tensor, has_image: Tensor, tokens: Tensor, token_mask: Tensor) -> Tensor:
         """Fuse items into unit embeddings [n, dim]; 0 for an item with neither picture nor text.
 
-        The picture as a whole, what the text's concepts say, and what they look at in the picture are of unit length
-        when they are added: none can drown another, and each by itself can be near its class.
-
         Args:
             patches: [n, patches, image_width]; anything where `has_image` is False.
             has_image: bool [n].
             tokens: [n, tokens, text_width].
             token_mask: [n, tokens]; all 0 where the text is missing.
         """
+        return self.item_branches(patches, has_image, tokens, token_mask)[0]
+
+    def item_branches(
+        self, patches: Tensor, has_image: Tensor, tokens: Tensor, token_mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed items as `item` does, and by their pictures and by their texts alone, [n, dim] each; 0 without one.
+
+        The picture as a whole, what the text's concepts say, and what they look at in the picture are of unit length
+        when they are added: none can drown another, and each by itself can be near its class.
+        """
         missing = ~has_image[:, None]
         # What stands where a picture is missing must reach neither an embedding nor a gradient.
         patches = self.standardised(patches.masked_fill(missing[..., None], 0))
         said, looks, _ = self.concepts(tokens, token_mask, patches)
         looked_at = (looks.mean(dim=1, keepdim=True) @ patches).squeeze(1)
-        blind = missing | ~token_mask.bool().any(dim=1, keepdim=True)
         whole, part = (F.normalize(self.item_transform(seen), dim=1) for seen in (self.pool(patches), looked_at))
+        whole = whole.masked_fill(missing, 0)
+        part = part.masked_fill(missing | ~token_mask.bool().any(dim=1, keepdim=True), 0)
         says, shows = self.log_gates.exp()
-        return F.normalize(whole.masked_fill(missing, 0) + says * said + shows * part.masked_fill(blind, 0), dim=1)
+        return F.normalize(whole + says * said + shows * part, dim=1), whole, said
 
     def fit_features(self, pooled: Tensor) -> None:
         """Set mean and scale of the image features, [n, width], that the transformations take out."""

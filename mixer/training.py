@@ -78,8 +78,6 @@ class WholeModel(nn.Module):
         return torch.cat([queries, *_items(self.towers, pictures, tokens, batch, branches)])
 
 
-def _items(towers: Towers, pictures: Tensor, tokens: Tensor, batch: Batch, branches: bool) -> list[Tensor]:
+def _items(towers: Towers, pictures: Tensor, tokens: Tensor, batch: Batch, branches: bool) -> tuple[Tensor, ...]:
     """Embed items, each [i, dim]; with `branches` also by their pictures alone and by their texts alone."""
-    seen, read = batch.has_image, batch.token_mask
-    shown = [(seen, read), (seen, torch.zeros_like(read)), (torch.zeros_like(seen), read)]
-    return [towers.item(pictures, has_image, tokens, mask) for has_image, mask in shown[: 3 if branches else 1]]
+    return towers.item_branches(pictures, batch.has_image, tokens, batch.token_mask)[: 3 if branches else 1]

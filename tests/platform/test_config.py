@@ -39,7 +39,7 @@ def failure(tmp_path: Path, text: str, *overrides: str) -> str:
         ),
         (
             "evaluate: {zzz: 3}\n",
-            "run.yaml: evaluate.zzz: unknown key; expected one of against, baseline, concept_items, contact_sheet, ks, seed",
+            "run.yaml: evaluate.zzz: unknown key; expected one of against, baseline, concept_items,",
         ),
         ("train: {epochs: 0}\n", "run.yaml: train.epochs: expected greater than or equal to 1, found 0"),
         ("train: {epochs: many}\n", "run.yaml: train.epochs: expected a valid integer"),
