@@ -71,7 +71,7 @@ class TrainConfig(Section):
         1.0, ge=0, le=1, description="a class of n samples is drawn with p ~ n^skew; 1: as logged, 0: all alike"
     )
     branch_weight: float = Field(
-        0.5, ge=0, description="how much an item's picture alone, and its text alone, count beside both together"
+        0.1, ge=0, description="how much an item's picture alone, and its text alone, count beside both together"
     )
     text_dropout: float = Field(0.2, ge=0, lt=1, description="share of item samples trained without their text")
     image_dropout: float = Field(0.1, ge=0, lt=1, description="share of item samples trained without their picture")
