@@ -34,7 +34,7 @@ class Towers(nn.Module):
         self.item_transform = nn.Linear(image_width, config.dim)
         self.item_transform.load_state_dict(self.query_transform.state_dict())  # the domains part in training
         self.concepts = Concepts(config.concepts, config.concept_dim, text_width, image_width, config.dim, config.heads)
-        # What the text says and shows, beside the picture: half as much finds new listings, and known ones no worse.
+        # What the text says, and what it shows, beside the picture; with more of it known items are found less well.
         self.log_gates = nn.Parameter(torch.tensor([0.5, 0.37]).log())
         self.register_buffer("feature_mean", torch.zeros(image_width))
         self.register_buffer("feature_std", torch.ones(image_width))
