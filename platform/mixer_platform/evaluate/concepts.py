@@ -40,7 +40,7 @@ def concepts_of(model: MixerModel, picture: Image.Image, text: str) -> Fired:
     side = math.isqrt(looks.shape[1])
     grid = looks[:, looks.shape[1] - side**2 :]  # without what stands before the patches, such as a CLS token
     tokens = tokenizer.words(text)
-    words = sorted({token for token in tokens if token}) or [""]
+    words = sorted({token for token in tokens if any(letter.isalnum() for letter in token)}) or [""]
     told = np.stack([reads[:, [token == word for token in tokens]].sum(axis=1) for word in words], axis=1)
     return Fired(pixels, text, grid.reshape(-1, side, side), [words[place] for place in told.argmax(axis=1)])
 
