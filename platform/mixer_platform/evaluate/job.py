@@ -23,7 +23,7 @@ from mixer.images import UnreadableImage, decode
 from mixer.metrics import hit_at_k, macro, ndcg_at_k, relevance
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
-from mixer_platform.errors import ConflictError, InputError, MissingError
+from mixer_platform.errors import ConflictError, InputError, StorageError
 from mixer_platform.evaluate.compare import compare
 from mixer_platform.evaluate.concepts import Fired, concepts_of, draw_concepts
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
@@ -193,6 +193,8 @@ def _fired(storage: Storage, model: str, results: list, config: RunConfig) -> li
     from mixer.towers import MixerModel  # here, not at the top: the actors of this package need no torch
 
     fired: list[Fired] = []
+    if not config.evaluate.concept_items:
+        return fired
     root = open_storage(config.data).uri
     with tempfile.TemporaryDirectory() as scratch:
         trained = MixerModel.from_pretrained(versions.fetch(storage, f"models/{model}", scratch))
@@ -201,7 +203,7 @@ def _fired(storage: Storage, model: str, results: list, config: RunConfig) -> li
             break
         text = item_text(item.get("title"), item.get("description"))
         if text and item.get("image"):
-            with suppress(MissingError, UnreadableImage):
+            with suppress(StorageError, UnreadableImage):
                 fired.append(concepts_of(trained, decode(read_uri(resolve_uri(item["image"], root))), text))
     return fired
 
