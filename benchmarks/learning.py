@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixer.row_adam import RowAdam
 from mixer.sampling import EpochPlan, learning_rate_factor, plan_epoch
 from mixer.softmax import ShardedMarginSoftmax, fixed_scale
 from mixer.targets import Targets, concatenate, from_belief, pool_evidence
@@ -158,18 +159,25 @@ def optimise(
     steps: Iterator,
     loss_of: Callable[[np.ndarray, EpochPlan], Tensor],
 ) -> None:
-    """AdamW on towers and classifier with the product's rates and clipping."""
+    """AdamW on towers and classifier with the product's rates and clipping; the product's classifier steps itself."""
     train = bench.config.train
-    groups = [(towers, train.tower_lr)] + ([(head, train.classifier_lr)] if head is not None else [])
+    groups: list[tuple[nn.Module, float]] = [(towers, train.tower_lr)]
+    if isinstance(head, ShardedMarginSoftmax):
+        rows = head.optimizer = RowAdam(head.weight, train.classifier_lr, train.weight_decay)
+    elif head is not None:
+        groups.append((head, train.classifier_lr))
     optimizers = [
         (torch.optim.AdamW(set(module.parameters()), lr=rate, weight_decay=train.weight_decay), rate)
         for module, rate in groups
     ]
-    for rows, plan, factor in steps:
+    for step, (drawn, plan, factor) in enumerate(steps):
+        if isinstance(head, ShardedMarginSoftmax):
+            rows.lr = train.classifier_lr * factor
+            head.begin_step(train.seed, step)
         for optimizer, rate in optimizers:
             optimizer.param_groups[0]["lr"] = rate * factor
             optimizer.zero_grad()
-        loss_of(rows, plan).backward()
+        loss_of(drawn, plan).backward()
         torch.nn.utils.clip_grad_norm_(towers.parameters(), 1.0)
         for optimizer, _ in optimizers:
             optimizer.step()

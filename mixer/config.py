@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+MOST_SCALE = 64.0  # of the softmax: sums of exponentials of larger logits do not fit into fp32
+
 
 class ModelConfig(BaseModel):
     """The architecture of a `MixerModel`."""

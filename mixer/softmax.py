@@ -1,21 +1,27 @@
 """A margin softmax whose class weights are cut over the workers (hybrid parallelism; ArcFace's Partial FC lineage).
 
 Every worker holds a contiguous range of the classes. The embeddings of all workers are gathered, each worker computes
-the logits of its own classes, and three scalars a sample (logarithms of sums of exponentials: over all classes, and
-over what the evidence leaves of them, with and without the margin) are reduced. Gradients are exact.
+the logits of its own classes, a chunk at a time, and one collective brings together what the loss needs of them: the
+logarithm of a sum of exponentials, and the logits of the classes that samples name.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixer.targets import Targets
+from mixer.class_logits import NONE, ClassLogits, DrawnClasses, RowOptimizer
+from mixer.config import MOST_SCALE
+from mixer.negatives import merged, stratified
+from mixer.targets import PADDING, Targets
+
+_BLOCK = 4096  # classes drawn from one seed
+_KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def class_range(classes: int, world: int, rank: int) -> range:
@@ -36,43 +42,80 @@ def fixed_scale(classes: int) -> float:
 class ShardedMarginSoftmax(nn.Module):
     """Cross-entropy over all classes of scale * (cosine - margin where right), as in CosFace (arXiv 1801.09414).
 
-    Which class is right need not be certain: the loss is -ln sum over classes of P(class | embedding) * P(what was
-    observed | class), so that a sample's belief is what its evidence and its embedding say together, and the margin is
-    shared as the belief is. With certain targets it is CosFace's loss; without any evidence it is 0.
+    Which class is right need not be certain, see `evidence_loss`. With `rate` < 1 a step draws a share of the classes
+    (Partial FC, arXiv 2203.15565), and its time follows the number drawn, not the number there are.
 
     Without an initialised process group it is the plain one-process loss. A worker may bring no samples, and may own
     no classes.
+
+    Args:
+        dim: length of an embedding.
+        classes: number of classes, over all workers.
+        margin: subtracted from the cosine of the right class.
+        scale: multiplies cosines; at most `MOST_SCALE`: exponentials are summed as they are, in fp32.
+        group: the workers; None for all.
+        rate: share of the classes that a step draws, beside those that its samples name; 1 is exact.
+        unbiased: a class drawn stands for 1 / rate classes, so that the sum of exponentials is right in expectation
+            (Jean et al., arXiv 1412.2007); else, as in Partial FC, for itself.
+        precision: of the products. In bf16 a cosine is off by less than 2^-7, and nothing where samples name the class.
+        chunk: number of classes whose logits exist at once. A step needs about 4 (4 samples + 4 dim) bytes for each.
+
+    `optimizer` steps the classes in the backward pass and must be set before anything else.
     """
 
+    weight: Tensor
+    optimizer: RowOptimizer
+
     def __init__(
-        self, dim: int, classes: int, margin: float, scale: float, group: dist.ProcessGroup | None = None
+        self,
+        dim: int,
+        classes: int,
+        margin: float,
+        scale: float,
+        group: dist.ProcessGroup | None = None,
+        *,
+        rate: float = 1.0,
+        unbiased: bool = False,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        chunk: int = 8192,
     ) -> None:
         super().__init__()
+        if not 0 < scale <= MOST_SCALE:
+            raise ValueError(f"scale {scale}: expected more than 0 and at most {MOST_SCALE:g}")
         self.group, self.margin, self.scale, self.classes = group, margin, scale, classes
+        self.rate, self.unbiased, self.kind, self.chunk = rate, unbiased, _KINDS[precision], chunk
         self.world = dist.get_world_size(group) if dist.is_initialized() else 1
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.owned = class_range(classes, self.world, self.rank)
-        self.weight = nn.Parameter(torch.zeros(len(self.owned), dim))
+        self.register_buffer("weight", torch.zeros(len(self.owned), dim))
+        self._draws = torch.Generator()
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
         """Draw the weights; a class's row depends on the seed and the class alone, not on the number of workers."""
-        for row, identity in enumerate(self.owned):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + identity)
-            self.weight[row] = torch.randn(self.weight.shape[1], generator=generator) * 0.01
+        for block in range(self.owned.start // _BLOCK, -(-self.owned.stop // _BLOCK)):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
+            rows = torch.randn(_BLOCK, self.weight.shape[1], generator=generator) * 0.01
+            first, last = max(self.owned.start, block * _BLOCK), min(self.owned.stop, (block + 1) * _BLOCK)
+            mine = slice(first - self.owned.start, last - self.owned.start)
+            self.weight[mine] = rows[first - block * _BLOCK : last - block * _BLOCK]
+
+    def begin_step(self, seed: int, step: int) -> None:
+        """Let what the next step draws depend on these and on the rank alone."""
+        self._draws.manual_seed((seed * 1_000_003 + step) * 65_537 + self.rank)
 
     def forward(self, embeddings: Tensor, targets: Targets) -> Tensor:
         """Return the weighted mean loss over the samples of all workers, the same scalar on each.
 
         Args:
             embeddings: [n, dim], this worker's; n may differ between workers and may be 0.
-            targets: of the n samples, k the same on every worker.
+            targets: of the n samples, k the same on every worker. A sample names a class at most once.
         """
         everyone, known = self._gathered(embeddings, targets)
-        cosines = everyone @ F.normalize(self.weight, dim=1).T
-        loss = _ShardedCrossEntropy.apply(cosines, known.over(self.owned), known.weights, self)
-        assert isinstance(loss, Tensor)
-        return loss
+        found = ClassLogits.apply(
+            everyone, self._draw(known), known.classes.shape[1], self.scale, self.chunk, self.kind, self.optimizer
+        )
+        return evidence_loss(*self._over_workers(*found), known, self.scale * self.margin)
 
     @torch.no_grad()
     def likeliest(self, embeddings: Tensor, targets: Targets, count: int) -> tuple[Tensor, Tensor]:
@@ -81,23 +124,50 @@ class ShardedMarginSoftmax(nn.Module):
         Both are [samples, count], best first, the same on every worker; fewer where there are fewer classes.
         """
         everyone, known = self._gathered(embeddings, targets)
-        logits = self.scale * everyone @ F.normalize(self.weight, dim=1).T + known.over(self.owned)
-        belief, classes = (logits - self.log_sum_exp(logits)[0][:, None]).topk(min(count, len(self.owned)), dim=1)
-        classes = classes + self.owned.start
+        weight = self.optimizer.draw(None).weight
+        total = torch.full((len(everyone),), -torch.inf, device=everyone.device)
+        best, classes = everyone.new_zeros(len(everyone), 0), known.classes.new_zeros(len(everyone), 0)
+        for start in range(0, len(self.owned), self.chunk):
+            owned = self.owned[start : start + self.chunk]
+            rows = F.normalize(weight[start : start + self.chunk], dim=1)
+            logits = self.scale * everyone @ rows.T + known.over(owned)
+            total = torch.logaddexp(total, logits.logsumexp(dim=1))
+            here = torch.arange(owned.start, owned.stop, device=classes.device).expand(len(everyone), -1)
+            best, classes = _best(torch.cat([best, logits], dim=1), torch.cat([classes, here], dim=1), count)
         if self.world > 1:
             counts = [min(count, len(class_range(self.classes, self.world, rank))) for rank in range(self.world)]
-            belief, classes = (gather_rows(part.T.contiguous(), counts, self.group).T for part in (belief, classes))
-        best, places = belief.topk(min(count, belief.shape[1]), dim=1)
-        return classes.gather(1, places), best
+            best, classes = (gather_rows(part.T.contiguous(), counts, self.group).T for part in (best, classes))
+            best, classes = _best(best, classes, count)
+            total = gather_rows(total[None], [1] * self.world, self.group).logsumexp(dim=0)
+        return classes, best - total[:, None]
 
-    def log_sum_exp(self, *logits: Tensor) -> Tensor:
-        """Return, for each [n, owned classes], the logarithm of the sum of exponentials over all classes, [.., n]."""
-        local = torch.stack([part.logsumexp(dim=1) for part in logits])
+    def _draw(self, known: Targets) -> DrawnClasses:
+        """Draw the classes of a step: those of this worker that samples name, and a share of all it has."""
+        owned = self.owned
+        sample, slot = ((known.classes >= owned.start) & (known.classes < owned.stop)).nonzero(as_tuple=True)
+        place, order = (known.classes[sample, slot] - owned.start).sort()
+        sample, slot = sample[order], slot[order]
+        named, count = place.unique_consecutive(), math.ceil(self.rate * len(owned))
+        if count + len(named) >= len(owned):
+            return DrawnClasses(self.optimizer.draw(None), None, sample, slot, place)
+        drawn = stratified(len(owned), count, self._draws).to(place.device)
+        index = merged(drawn, named)
+        stands_for = None
+        if self.unbiased:
+            stands_for = torch.full((len(index),), len(owned) / count, device=index.device)
+            stands_for[torch.searchsorted(index, named)] = 1  # they would have been here anyway
+        return DrawnClasses(self.optimizer.draw(index), stands_for, sample, slot, torch.searchsorted(index, place))
+
+    def _over_workers(self, rest: Tensor, named: Tensor) -> tuple[Tensor, Tensor]:
+        """Join `rest` [n] and `named` [n, k] of all workers."""
         if self.world == 1:
-            return local
-        parts = [torch.empty_like(local) for _ in range(self.world)]
-        dist.all_gather(parts, local, self.group)
-        return torch.stack(parts).logsumexp(dim=0)
+            return rest, named
+        mine = torch.cat([rest[:, None], named], dim=1)
+        parts = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(parts, mine.detach(), self.group)
+        parts[self.rank] = mine  # the others are constants here: a worker's gradient is that of its own classes
+        joined = torch.stack(parts)
+        return joined[..., 0].logsumexp(dim=0), joined[..., 1:].sum(dim=0)
 
     def _gathered(self, embeddings: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
         if self.world == 1:
@@ -111,6 +181,30 @@ class ShardedMarginSoftmax(nn.Module):
         return everyone, Targets(*(gather_rows(part, sizes, self.group) for part in parts))
 
 
+def evidence_loss(rest: Tensor, named: Tensor, targets: Targets, margin: float) -> Tensor:
+    """Return the weighted mean of -ln sum over classes of P(class | embedding) * P(what was observed | class).
+
+    A sample's belief is what its evidence and its embedding say together. The margin is shared as the belief is, and
+    the classes that a sample does not name share as one. With certain targets this is CosFace's loss, and without any
+    evidence it is 0.
+
+    Args:
+        rest: [n], the logarithm of the sum of exponentials of the logits of all classes that a sample does not name.
+        named: [n, k], the logits of those that it names; whatever in the place of `PADDING`.
+        targets: of the n samples.
+        margin: in units of a logit.
+    """
+    named = torch.where(targets.classes == PADDING, NONE, named)
+    logits = torch.cat([named, rest[:, None]], dim=1)
+    evidence = torch.cat([targets.evidence, targets.others.clamp_min(NONE)[:, None]], dim=1)
+    if margin:
+        with torch.no_grad():
+            belief = (logits + evidence).softmax(dim=1)
+        logits = logits - margin * belief
+    share = targets.weights / targets.weights.sum().clamp_min(torch.finfo(targets.weights.dtype).tiny)
+    return ((logits.logsumexp(dim=1) - (logits + evidence).logsumexp(dim=1)) * share).sum()
+
+
 def gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:
     """Concatenate the rows of all ranks, `sizes[rank]` each; collectives want equal shapes, so they travel padded."""
     if len(sizes) == 1:
@@ -120,6 +214,12 @@ def gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | None)
     received = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(received, padded, group)
     return torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
+
+
+def _best(values: Tensor, classes: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` greatest of each row with their classes, best first."""
+    best, places = values.topk(min(count, values.shape[1]), dim=1)
+    return best, classes.gather(1, places)
 
 
 class _GatherRows(torch.autograd.Function):
@@ -136,26 +236,3 @@ class _GatherRows(torch.autograd.Function):
         dist.all_reduce(gradient, group=ctx.group)
         start = sum(ctx.sizes[: ctx.rank])
         return gradient[start : start + ctx.sizes[ctx.rank]], None, None, None
-
-
-class _ShardedCrossEntropy(torch.autograd.Function):
-    """The loss of cosines and evidence, each [n, owned classes], of every rank at once."""
-
-    @staticmethod
-    def forward(ctx: Any, cosines: Tensor, evidence: Tensor, weights: Tensor, head: ShardedMarginSoftmax) -> Tensor:
-        logits = cosines * head.scale
-        if head.margin:
-            belief = (logits + evidence).sub_(head.log_sum_exp(logits + evidence)[0][:, None]).exp_()
-            logits -= head.scale * head.margin * belief
-        observed = logits + evidence
-        over_all, over_observed = head.log_sum_exp(logits, observed)
-        share = weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
-        loss = ((over_all - over_observed) * share).sum()
-        slope = (logits - over_all[:, None]).exp_() - (observed - over_observed[:, None]).exp_()
-        ctx.save_for_backward(slope.mul_((share * head.scale)[:, None]))
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        (slope,) = ctx.saved_tensors
-        return slope * gradient, None, None, None

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mixer.config import ModelConfig
+from mixer.config import MOST_SCALE, ModelConfig
 from mixer.labeling import LabelingConfig
 from mixer_platform.errors import ConfigError
 from mixer_platform.simulate.config import SimulateConfig
@@ -65,7 +65,16 @@ class TrainConfig(Section):
     warmup: float = Field(0.05, ge=0, lt=1, description="share of all steps over which learning rates rise")
     margin: float = Field(0.3, ge=0, lt=1, description="subtracted from the cosine of the right class")
     scale: float | None = Field(
-        None, gt=0, description="cosines are multiplied by it before the softmax; null: by AdaCos' fixed scale"
+        None,
+        gt=0,
+        le=MOST_SCALE,
+        description="cosines are multiplied by it before the softmax; null: by AdaCos' fixed scale",
+    )
+    class_rate: float = Field(
+        1.0, gt=0, le=1, description="share of the classes that a step draws beside those that its samples name"
+    )
+    class_rate_unbiased: bool = Field(
+        False, description="a class drawn stands for 1 / class_rate of them: the softmax's sum is right on average"
     )
     skew: float = Field(
         1.0, ge=0, le=1, description="a class of n samples is drawn with p ~ n^skew; 1: as logged, 0: all alike"
@@ -76,7 +85,9 @@ class TrainConfig(Section):
     text_dropout: float = Field(0.2, ge=0, lt=1, description="share of item samples trained without their text")
     image_dropout: float = Field(0.1, ge=0, lt=1, description="share of item samples trained without their picture")
     zero_stage: Literal[0, 1, 2] = Field(0, description="3 would cut the towers, which are small")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: the towers compute in it; weights stay fp32")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: towers and classifier multiply in it; weights stay fp32"
+    )
     holdout: float = Field(0.05, ge=0, lt=0.5, description="share of query samples kept out to follow recall")
     recall_every: int = Field(1, ge=1, description="epochs from one measurement of the held-out recall to the next")
     fine_tune: FineTuneConfig = FineTuneConfig()

@@ -14,6 +14,8 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixer.class_logits import ClassLogits
+from mixer.row_adam import Rows
 from mixer.softmax import ShardedMarginSoftmax, class_range, fixed_scale
 from mixer.targets import PADDING, Targets
 
@@ -31,6 +33,8 @@ class Case(NamedTuple):
     scale: float = 16.0
     weights: tuple[float, ...] = (1.0,)  # repeated over the samples
     uncertain: float = 0.0  # share of samples that have evidence for some classes and not one class
+    rate: float = 1.0
+    unbiased: bool = False
     seed: int = 0
 
 
@@ -52,6 +56,8 @@ CASES = {
     "certain and uncertain samples": Case(7, (5, 2, 4), weights=(0.1, 2.0, 0.7), uncertain=0.5),
     "evidence for more classes than a worker has": Case(4, (5, 2, 4), uncertain=0.7),
     "no margin": Case(6, (3, 1, 2), margin=0.0),
+    "some classes are drawn": Case(60, (5, 2, 4), rate=0.2, uncertain=0.5),
+    "classes drawn stand for others": Case(60, (5, 2, 4), rate=0.2, unbiased=True, uncertain=0.5),
     "a large scale and margin": Case(6, (3, 1, 2), margin=0.5, scale=64.0),
 }
 
@@ -77,8 +83,12 @@ def whole_batch(case: Case, world: int) -> tuple[list[int], Tensor, Targets, Ten
     return counts, embeddings, targets, class_weights
 
 
-def slow_loss(case: Case, embeddings: Tensor, targets: Targets, class_weights: Tensor) -> Tensor:
-    """The loss written out sample by sample, in one process."""
+def slow_loss(case: Case, embeddings: Tensor, targets: Targets, class_weights: Tensor, drawn: Tensor) -> Tensor:
+    """The loss written out sample by sample, in one process, over the classes `drawn`."""
+    stands_for = torch.full((len(drawn),), 1 / case.rate if case.unbiased else 1.0)
+    stands_for[torch.isin(drawn, targets.classes)] = 1
+    absent = torch.full((case.classes,), -torch.inf)
+    absent[drawn] = stands_for.log()
     cosines = embeddings @ (class_weights / class_weights.norm(dim=1, keepdim=True)).T
     losses = []
     for row, cosine in enumerate(cosines):
@@ -86,28 +96,53 @@ def slow_loss(case: Case, embeddings: Tensor, targets: Targets, class_weights: T
         for label, value in zip(targets.classes[row].tolist(), targets.evidence[row].tolist(), strict=True):
             if label != PADDING:
                 evidence[label] = value
-        belief = (case.scale * cosine.detach() + evidence).softmax(dim=0)
-        log_probabilities = (case.scale * (cosine - case.margin * belief)).log_softmax(dim=0)
+        belief = (case.scale * cosine.detach() + absent + evidence).softmax(dim=0)
+        unnamed = [label for label in range(case.classes) if label not in targets.classes[row].tolist()]
+        belief[unnamed] = belief[unnamed].sum()  # they share as one
+        log_probabilities = (case.scale * (cosine - case.margin * belief) + absent).log_softmax(dim=0)
         losses.append(-(log_probabilities + evidence).logsumexp(dim=0) * targets.weights[row])
     total = sum(losses, start=cosines.sum() * 0)
     return total / targets.weights.sum() if targets.weights.sum() > 0 else total * 0
+
+
+class Recorder:
+    """An optimizer that only keeps the gradient of each class, [classes, dim]."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.gradient = weight, torch.zeros_like(weight)
+        self.drawn: list[Tensor] = []
+
+    def draw(self, index: Tensor | None) -> Rows:
+        rows = torch.arange(len(self.weight)) if index is None else index
+        return Rows(rows, self.weight[rows], self.weight[rows], self.weight[rows, 0])
+
+    def update(self, rows: Rows, part: slice, gradient: Tensor) -> None:
+        assert rows.index is not None
+        self.gradient[rows.index[part]] += gradient
+        self.drawn.append(rows.index[part])
+
+    def commit(self, rows: Rows) -> None:
+        pass
 
 
 def run_case(case: Case, world: int, rank: int, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
     """Run one rank's part; its embeddings and its classes only."""
     counts, embeddings, targets, class_weights = whole_batch(case, world)
     mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
-    head = ShardedMarginSoftmax(DIM, case.classes, case.margin, case.scale, group)
+    drawing = {"rate": case.rate, "unbiased": case.unbiased}
+    head = ShardedMarginSoftmax(DIM, case.classes, case.margin, case.scale, group, **drawing, chunk=3)
     with torch.no_grad():
         head.weight.copy_(class_weights[head.owned.start : head.owned.stop])
+    recorder = head.optimizer = Recorder(head.weight)
     leaf = embeddings[mine].clone().requires_grad_()
     loss = head(leaf, targets[torch.arange(mine.start, mine.stop)])
     (3 * loss).backward()
     assert leaf.grad is not None
-    assert head.weight.grad is not None
+    gradient, drawn = recorder.gradient / 3, torch.cat([torch.zeros(0, dtype=torch.int64), *recorder.drawn])
     classes, belief = head.likeliest(leaf.detach(), targets[torch.arange(mine.start, mine.stop)], 3)
     found = {"likeliest": classes, "belief": belief}
-    return {"loss": loss.detach(), "embeddings": leaf.grad / 3, "classes": head.weight.grad / 3, **found}
+    found |= {"classes": gradient, "drawn": drawn + head.owned.start}
+    return {"loss": loss.detach(), "embeddings": leaf.grad / 3, **found}
 
 
 def drawn_weights() -> dict[str, Tensor]:
@@ -152,7 +187,8 @@ def check(case: Case, results: list[dict[str, Tensor]]) -> None:
     _, embeddings, targets, class_weights = whole_batch(case, len(results))
     embeddings.requires_grad_()
     class_weights.requires_grad_()
-    loss = slow_loss(case, embeddings, targets, class_weights)
+    drawn = torch.cat([result["drawn"] for result in results])
+    loss = slow_loss(case, embeddings, targets, class_weights, drawn)
     loss.backward()
     for result in results:
         torch.testing.assert_close(result["loss"], loss.detach(), **TOLERANCE)
@@ -221,17 +257,61 @@ def test_certain_targets_give_the_loss_of_cosface() -> None:
     cosines = embeddings @ F.normalize(class_weights, dim=1).T
     logits = case.scale * (cosines - case.margin * F.one_hot(labels, case.classes))
     expected = (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum()
-    torch.testing.assert_close(slow_loss(case, embeddings, targets, class_weights), expected)
+    everything = torch.arange(case.classes)
+    torch.testing.assert_close(slow_loss(case, embeddings, targets, class_weights, everything), expected)
+
+
+def drawn_rest(head: ShardedMarginSoftmax, embeddings: Tensor, known: Targets) -> tuple[Tensor, Tensor]:
+    """Return `rest` and `named`, see `evidence_loss`, of one process."""
+    drawn = head._draw(known)
+    return ClassLogits.apply(embeddings, drawn, 1, head.scale, head.chunk, head.kind, head.optimizer)
+
+
+def make_head(classes: int, dim: int = DIM, **settings) -> ShardedMarginSoftmax:
+    head = ShardedMarginSoftmax(dim, classes, 0.0, 8.0, **settings)
+    head.weight = torch.randn(classes, dim, generator=torch.Generator().manual_seed(3))
+    head.optimizer = Recorder(head.weight)
+    return head
+
+
+def test_the_sum_over_classes_drawn_is_unbiased() -> None:
+    embeddings = F.normalize(torch.randn(6, DIM, generator=torch.Generator().manual_seed(1)), dim=1)
+    known = Targets.certain(torch.tensor([3, 3, 77, 120, 199, 0]))
+    whole, _ = drawn_rest(make_head(200), embeddings, known)
+    head, sums = make_head(200, rate=0.1, unbiased=True), []
+    for step in range(4000):
+        head.begin_step(0, step)
+        sums.append(drawn_rest(head, embeddings, known)[0].exp())
+    ratio = torch.stack(sums) / whole.exp()
+    error = ratio.std(dim=0) / len(sums) ** 0.5
+    assert ((ratio.mean(dim=0) - 1).abs() < 4 * error).all()
+    assert (error < 0.02).all()
+
+
+@pytest.mark.parametrize("dim", [16, 256])
+def test_bf16_moves_a_logit_less_than_its_bound(dim: int) -> None:
+    embeddings = F.normalize(torch.randn(64, dim, generator=torch.Generator().manual_seed(1)), dim=1)
+    known = Targets.certain(torch.arange(64) % 50)
+    exact, rounded = (drawn_rest(make_head(50, dim, precision=kind), embeddings, known) for kind in ("fp32", "bf16"))
+    torch.testing.assert_close(exact[1], rounded[1])  # of the class named, nothing is rounded
+    assert ((exact[0] - rounded[0]).abs() < 8.0 * 2**-7).all()
+    assert not torch.equal(exact[0], rounded[0])
+
+
+def test_a_scale_whose_exponentials_overflow_is_refused() -> None:
+    with pytest.raises(ValueError, match="scale 65: expected more than 0 and at most 64"):
+        ShardedMarginSoftmax(DIM, 7, 0.2, 65)
 
 
 def test_without_evidence_there_is_nothing_to_learn() -> None:
     head = ShardedMarginSoftmax(DIM, 7, 0.0, 16.0)
     head.reset(0)
+    head.optimizer = Recorder(head.weight)
     known = Targets(torch.full((4, 1), PADDING), torch.zeros(4, 1), torch.zeros(4), torch.ones(4))
-    loss = head(F.normalize(torch.randn(4, DIM), dim=1), known)
+    loss = head(F.normalize(torch.randn(4, DIM), dim=1).requires_grad_(), known)
     loss.backward()
     torch.testing.assert_close(loss, torch.tensor(0.0), atol=1e-5, rtol=0)
-    torch.testing.assert_close(head.weight.grad, torch.zeros(7, DIM), atol=1e-5, rtol=0)
+    torch.testing.assert_close(head.optimizer.gradient, torch.zeros(7, DIM), atol=1e-5, rtol=0)
 
 
 def test_the_fixed_scale_grows_with_the_classes() -> None:

@@ -1,6 +1,7 @@
 """The towers in a DeepSpeed engine beside the class-sharded softmax, which keeps its own optimizer.
 
-ZeRO averages gradients over the workers; the classes of a worker are its own and must not be averaged.
+ZeRO averages gradients over the workers; the classes of a worker are its own and must not be averaged. They are stepped
+in the backward pass.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixer.row_adam import RowAdam
 from mixer.sampling import learning_rate_factor
 from mixer.softmax import ShardedMarginSoftmax
 from mixer.training import Batch
@@ -32,14 +34,13 @@ class HybridTrainer:
             config=_deepspeed_config(config, head.world),
             dist_init_required=False,
         )
-        self._head_optimizer = torch.optim.AdamW(
-            head.parameters(), lr=config.classifier_lr, weight_decay=config.weight_decay
-        )
+        self._rows = head.optimizer = RowAdam(head.weight, config.classifier_lr, config.weight_decay)
         self.step_count = 0
 
     def step(self, batch: Batch) -> float:
         """Learn from one global batch of which `batch` is this worker's part; return the global loss."""
         self._set_learning_rates()
+        self.head.begin_step(self.config.seed, self.step_count)
         branches = self.config.branch_weight > 0
         embeddings = self.engine(batch, branches=branches).float()
         if self.head.world > 1:
@@ -47,9 +48,7 @@ class HybridTrainer:
             embeddings.register_hook(lambda gradient: gradient * self.head.world)
         targets = batch.targets_by_branch(self.config.branch_weight) if branches else batch.targets
         loss = self.head(embeddings, targets)
-        self._head_optimizer.zero_grad(set_to_none=True)
         self.engine.backward(loss)
-        self._head_optimizer.step()
         self.engine.step()
         self.step_count += 1
         return float(loss.detach())
@@ -58,8 +57,7 @@ class HybridTrainer:
         factor = learning_rate_factor(self.step_count, self.steps, self.config.warmup)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        for group in self._head_optimizer.param_groups:
-            group["lr"] = self.config.classifier_lr * factor
+        self._rows.lr = self.config.classifier_lr * factor
 
     def tower_state(self) -> dict[str, Tensor]:
         """Return the buffers and every trained parameter with its moments, whole and in fp32; a collective call."""
@@ -99,16 +97,12 @@ class HybridTrainer:
         zero.update_lp_params()
 
     def head_state(self) -> dict[str, Tensor]:
-        """Return the rows of this worker's classes and their moments, each [owned classes, dim]."""
-        slot = self._head_optimizer.state.get(self.head.weight, {})
-        moments = {moment: slot.get(moment, torch.zeros_like(self.head.weight)) for moment in MOMENTS}
-        return {"weight": self.head.weight.detach(), **moments}
+        """Return the rows of this worker's classes and their moments, each [owned classes, ..]."""
+        return self._rows.state()
 
     def load_head_state(self, state: dict[str, Tensor], step: int) -> None:
         """Go on from the rows of this worker's classes."""
-        self.head.weight.data.copy_(state["weight"])
-        moments = {moment: state[moment].to(self.head.weight.device, copy=True) for moment in MOMENTS}
-        self._head_optimizer.state[self.head.weight] = {"step": torch.tensor(float(step)), **moments}
+        self._rows.load(state, step)
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
         """Return what the model saves beside parameters, such as the features' mean."""

@@ -97,11 +97,19 @@ def new_trainer(
         model.image_encoder.train_from(config.fine_tune.from_block)
         tower = WholeModel(model)
     scale = config.scale or fixed_scale(job["classes"])
-    head = ShardedMarginSoftmax(architecture.dim, job["classes"], config.margin, scale).to(device)
+    head = ShardedMarginSoftmax(
+        architecture.dim,
+        job["classes"],
+        config.margin,
+        scale,
+        rate=config.class_rate,
+        unbiased=config.class_rate_unbiased,
+        precision=config.precision,
+    ).to(device)
     head.reset(config.seed)
     if before is not None:
         tower.load_state_dict(before.engine.module.state_dict(), strict=False)  # what it lacks was not trained
-        head.load_state_dict(before.head.state_dict())
+        head.weight.copy_(before.head_state()["weight"])
     return HybridTrainer(tower.to(device), head, config, config.epochs * -(-rows // config.batch_size))
 
 

@@ -1,0 +1,106 @@
+"""Logits of one worker's classes, a chunk of classes at a time, and the gradient and step of these classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mixer.row_adam import Rows
+
+NONE = -1e4  # a logit whose exponential is 0; unlike -inf, it has a gradient
+_LEAST_NORM = 1e-12
+
+
+class RowOptimizer(Protocol):
+    """What the backward pass hands the gradients of classes to, such as `RowAdam`."""
+
+    def draw(self, index: Tensor | None) -> Rows:
+        """Return the classes `index` as they are now; None for all."""
+
+    def update(self, rows: Rows, part: slice, gradient: Tensor) -> None:
+        """Step a part of the rows; may use up the gradient."""
+
+    def commit(self, rows: Rows) -> None:
+        """Keep the rows and end the step."""
+
+
+@dataclass
+class DrawnClasses:
+    """The classes of one step, and which of them its samples name.
+
+    rows: of `drawn` classes. stands_for: [drawn], for how many classes each stands; None: each for itself.
+    sample, slot, place: int64 [m], of each class named: the row and column of `Targets.classes` and the place among
+    `rows`, ascending by place.
+    """
+
+    rows: Rows
+    stands_for: Tensor | None
+    sample: Tensor
+    slot: Tensor
+    place: Tensor
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, slice]]:
+        """Yield parts of the rows and, with each, the part of the named classes that are in it."""
+        edges = torch.arange(0, len(self.rows.weight) + size, size, device=self.place.device)
+        named = torch.searchsorted(self.place, edges).tolist()
+        for i in range(len(edges) - 1):
+            yield slice(i * size, min((i + 1) * size, len(self.rows.weight))), slice(named[i], named[i + 1])
+
+
+class ClassLogits(torch.autograd.Function):
+    """From embeddings [n, dim] and the classes drawn: `rest` [n] and `named` [n, k], see `evidence_loss`.
+
+    `named` is 0 where another worker has the class. The backward pass computes each chunk's logits once more and steps
+    its classes, so that neither the logits nor the gradient of all classes ever exist.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, embeddings: Tensor, drawn: DrawnClasses, slots: int, scale: float, chunk: int, kind: torch.dtype,
+        optimizer: RowOptimizer,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        scaled = embeddings * scale
+        total = embeddings.new_zeros(len(embeddings))
+        named = embeddings.new_zeros(len(embeddings), slots)
+        shrink = embeddings.new_empty(len(drawn.rows.weight))
+        for part, names in drawn.chunks(chunk):
+            weight = drawn.rows.weight[part]
+            shrink[part] = weight.norm(dim=1).clamp_min_(_LEAST_NORM).reciprocal_()
+            sample, place = drawn.sample[names], drawn.place[names] - part.start
+            # In fp32, whatever `kind` is: these are the logits that a loss depends on most.
+            right = torch.linalg.vecdot(scaled[sample], weight[place]) * shrink[part][place]
+            named[sample, drawn.slot[names]] = right
+            logits = scaled.to(kind) @ weight.to(kind).T * shrink[part]
+            logits[sample, place] = -torch.inf
+            logits.exp_()
+            total += logits.sum(dim=1) if drawn.stands_for is None else logits @ drawn.stands_for[part]
+        rest = total.log().clamp_min_(NONE)
+        ctx.save_for_backward(scaled, shrink, rest)
+        ctx.drawn, ctx.scale, ctx.chunk, ctx.kind, ctx.optimizer = drawn, scale, chunk, kind, optimizer
+        return rest, named
+
+    @staticmethod
+    def backward(ctx: Any, slope_rest: Tensor, slope_named: Tensor) -> tuple[Tensor | None, ...]:
+        scaled, shrink, rest = ctx.saved_tensors
+        drawn, optimizer, kind = ctx.drawn, ctx.optimizer, ctx.kind
+        factor = shrink if drawn.stands_for is None else shrink * drawn.stands_for
+        slope_rest = torch.where(rest > NONE, slope_rest * (-rest).exp(), 0)[:, None]
+        gradient = torch.zeros_like(scaled)
+        for part, names in drawn.chunks(ctx.chunk):
+            weight = drawn.rows.weight[part]
+            sample, place = drawn.sample[names], drawn.place[names] - part.start
+            rounded = weight.to(kind)
+            slope = (scaled.to(kind) @ rounded.T * shrink[part]).exp_().mul_(slope_rest).mul_(factor[part])
+            slope[sample, place] = slope_named[sample, drawn.slot[names]] * shrink[part][place]
+            slope = slope.to(kind)
+            gradient += slope @ rounded
+            of_weight = (slope.T @ scaled.to(kind)).to(weight.dtype)
+            along = torch.linalg.vecdot(of_weight, weight).mul_(shrink[part].square())
+            of_weight.addcmul_(weight, along[:, None], value=-1)  # a logit does not depend on the weight's length
+            optimizer.update(drawn.rows, part, of_weight)
+        optimizer.commit(drawn.rows)
+        return gradient * ctx.scale, None, None, None, None, None, None

@@ -1,0 +1,143 @@
+"""AdamW for a matrix of which a step touches few rows, with one second moment a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Rows:
+    """Rows of the matrix as they are now: views of all of them, or copies of those that a step draws.
+
+    index: int64 [drawn], ascending; None where all are drawn. weight, exp_avg: [drawn, dim]. exp_avg_sq: [drawn].
+    """
+
+    index: Tensor | None
+    weight: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+class RowAdam:
+    """AdamW (arXiv 1711.05101) whose time and memory a step follow the rows drawn, not all rows.
+
+    To a row that is not drawn a step brings no gradient; still its moments decay, it drifts by the first one and its
+    weight decays. All this is made up for in closed form when the row is drawn next, so a row comes out as if every
+    step had touched it. That needs two differences from AdamW: the second moment is the mean over the row, a scalar,
+    as for embedding tables in recommendation, and eps^2 is added to the squared gradient, not eps to the root.
+
+    A step is `draw`, `update` of each part of what was drawn, `commit`. Memory: (dim + 2) x 4 bytes a row beside the
+    matrix itself.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        lr: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.weight, self.lr, self.weight_decay, self.betas, self.eps = weight, lr, weight_decay, betas, eps
+        # Filled, not `zeros`: memory that cannot be had is missed now, and not when the last row is drawn.
+        self.exp_avg = torch.empty_like(weight).fill_(0)
+        self.exp_avg_sq = torch.empty(len(weight), device=weight.device).fill_(0)
+        self._copies: list[Tensor] | None = None
+        self.step_count = 0
+        # Per step since `settle`: what a row last drawn in it has been multiplied by since, and how far it has
+        # drifted, in multiples of exp_avg / sqrt(exp_avg_sq). `_drawn` is the place of each row's last step in them.
+        self._drawn = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        self._ratio: Tensor
+        self._decay: Tensor
+        self._drift: Tensor
+        self._forget()
+
+    def draw(self, index: Tensor | None) -> Rows:
+        """Return rows as they are after `step_count` steps; nothing is changed. Copies last until the next draw."""
+        if index is None:
+            self.settle()
+            return Rows(None, self.weight, self.exp_avg, self.exp_avg_sq)
+        weight, exp_avg, exp_avg_sq = self._copied(index)
+        last = self._drawn[index].long()
+        missed = (len(self._decay) - 1 - last).to(weight.dtype)
+        root = exp_avg_sq.sqrt()
+        drift = torch.where(root > 0, self._drift[last].to(weight.dtype) / root, 0)
+        weight.mul_(self._decay[last].to(weight.dtype)[:, None]).addcmul_(exp_avg, drift[:, None], value=-1)
+        first, second = self.betas
+        return Rows(index, weight, exp_avg.mul_((first**missed)[:, None]), exp_avg_sq.mul_(second**missed))
+
+    def update(self, rows: Rows, part: slice, gradient: Tensor) -> None:
+        """Take this step with the gradient, [n, dim], of n of the rows drawn; it is used up."""
+        first, second = self.betas
+        weight, exp_avg, exp_avg_sq = rows.weight[part], rows.exp_avg[part], rows.exp_avg_sq[part]
+        square = torch.linalg.vecdot(gradient, gradient).div_(gradient.shape[1]).add_(self.eps**2)
+        exp_avg_sq.lerp_(square, 1 - second)
+        exp_avg.lerp_(gradient, 1 - first)
+        if self.weight_decay:
+            weight.mul_(1 - self.lr * self.weight_decay)
+        length = self.lr * self._correction() / exp_avg_sq.sqrt()
+        weight.addcmul_(exp_avg, length[:, None], value=-1)
+
+    def commit(self, rows: Rows) -> None:
+        """Keep what `update` made of the rows drawn, and end the step."""
+        correction = self._correction()
+        self.step_count += 1
+        if rows.index is None:
+            return
+        self._ratio *= self.betas[0] / self.betas[1] ** 0.5
+        self._decay *= 1 - self.lr * self.weight_decay
+        self._drift = self._drift * (1 - self.lr * self.weight_decay) + self.lr * correction * self._ratio
+        self._ratio, self._decay = (torch.cat([part, part.new_ones(1)]) for part in (self._ratio, self._decay))
+        self._drift = torch.cat([self._drift, self._drift.new_zeros(1)])
+        self._drawn[rows.index] = len(self._decay) - 1
+        for part, drawn in zip(self._parts(), (rows.weight, rows.exp_avg, rows.exp_avg_sq), strict=True):
+            part.index_copy_(0, rows.index, drawn)
+
+    def settle(self, chunk: int = 65536) -> None:
+        """Bring every row up to date, `chunk` rows at a time; before the matrix is read as a whole."""
+        if len(self._decay) == 1:
+            return
+        for index in torch.arange(len(self.weight), device=self.weight.device).split(chunk):
+            rows = self.draw(index)
+            for part, drawn in zip(self._parts(), (rows.weight, rows.exp_avg, rows.exp_avg_sq), strict=True):
+                part[int(index[0]) : int(index[-1]) + 1] = drawn
+        self._forget()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what `load` takes: the matrix and its moments, each [rows, ..]."""
+        self.settle()
+        return {"weight": self.weight, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+
+    def load(self, state: dict[str, Tensor], step_count: int) -> None:
+        """Go on after `step_count` steps from the rows and moments that `state` gave."""
+        for name, rows in self.state().items():
+            rows.copy_(state[name])
+        self.step_count = step_count
+
+    def _copied(self, index: Tensor) -> list[Tensor]:
+        """Copy rows into memory that is kept from step to step: to have it anew takes longer than the copy."""
+        if self._copies is None or len(index) > len(self._copies[0]):
+            room = len(index) + len(index) // 16
+            self._copies = [part.new_empty(room, *part.shape[1:]) for part in self._parts()]
+        copies = [copy[: len(index)] for copy in self._copies]
+        for part, copy in zip(self._parts(), copies, strict=True):
+            torch.index_select(part, 0, index, out=copy)
+        return copies
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.weight, self.exp_avg, self.exp_avg_sq
+
+    def _correction(self) -> float:
+        """Return what corrects the moments of the present step for their start at zero."""
+        first, second = self.betas
+        step = self.step_count + 1
+        return (1 - second**step) ** 0.5 / (1 - first**step)
+
+    def _forget(self) -> None:
+        """Begin the tables anew: every row is up to date."""
+        self._drawn.zero_()
+        one = torch.ones(1, dtype=torch.float64, device=self.weight.device)
+        self._ratio, self._decay, self._drift = one, one.clone(), torch.zeros_like(one)
