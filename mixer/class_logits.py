@@ -68,16 +68,13 @@ class ClassLogits(torch.autograd.Function):
         named = embeddings.new_zeros(len(embeddings), slots)
         shrink = embeddings.new_empty(len(drawn.rows.weight))
         for part, names in drawn.chunks(chunk):
-            weight = drawn.rows.weight[part]
+            weight, sample, place = drawn.rows.weight[part], drawn.sample[names], drawn.place[names] - part.start
             shrink[part] = weight.norm(dim=1).clamp_min_(_LEAST_NORM).reciprocal_()
-            sample, place = drawn.sample[names], drawn.place[names] - part.start
             # In fp32, whatever `kind` is: these are the logits that a loss depends on most.
             right = torch.linalg.vecdot(scaled[sample], weight[place]) * shrink[part][place]
             named[sample, drawn.slot[names]] = right
-            logits = scaled.to(kind) @ weight.to(kind).T * shrink[part]
-            logits[sample, place] = -torch.inf
-            logits.exp_()
-            total += logits.sum(dim=1) if drawn.stands_for is None else logits @ drawn.stands_for[part]
+            others = _exponentials(scaled.to(kind), weight.to(kind), shrink[part], (sample, place))
+            total += others.sum(dim=1) if drawn.stands_for is None else others @ drawn.stands_for[part]
         rest = total.log().clamp_min_(NONE)
         ctx.save_for_backward(scaled, shrink, rest)
         ctx.drawn, ctx.scale, ctx.chunk, ctx.kind, ctx.optimizer = drawn, scale, chunk, kind, optimizer
@@ -89,18 +86,28 @@ class ClassLogits(torch.autograd.Function):
         drawn, optimizer, kind = ctx.drawn, ctx.optimizer, ctx.kind
         factor = shrink if drawn.stands_for is None else shrink * drawn.stands_for
         slope_rest = torch.where(rest > NONE, slope_rest * (-rest).exp(), 0)[:, None]
-        gradient = torch.zeros_like(scaled)
+        pulls, ones = (slope_rest * scaled).to(kind), scaled.new_ones(scaled.shape[1])
+        of_rest, of_named = torch.zeros_like(scaled), torch.zeros_like(scaled)
         for part, names in drawn.chunks(ctx.chunk):
-            weight = drawn.rows.weight[part]
-            sample, place = drawn.sample[names], drawn.place[names] - part.start
+            weight, sample, place = drawn.rows.weight[part], drawn.sample[names], drawn.place[names] - part.start
             rounded = weight.to(kind)
-            slope = (scaled.to(kind) @ rounded.T * shrink[part]).exp_().mul_(slope_rest).mul_(factor[part])
-            slope[sample, place] = slope_named[sample, drawn.slot[names]] * shrink[part][place]
-            slope = slope.to(kind)
-            gradient += slope @ rounded
-            of_weight = (slope.T @ scaled.to(kind)).to(weight.dtype)
-            along = torch.linalg.vecdot(of_weight, weight).mul_(shrink[part].square())
-            of_weight.addcmul_(weight, along[:, None], value=-1)  # a logit does not depend on the weight's length
-            optimizer.update(drawn.rows, part, of_weight)
+            others = _exponentials(scaled.to(kind), rounded, shrink[part], (sample, place))
+            others = others.mul_(factor[part]).to(kind)
+            of_rest += others @ rounded
+            of_weight = (others.T @ pulls).to(weight.dtype)
+            slope = (slope_named[sample, drawn.slot[names]] * shrink[part][place])[:, None]
+            of_named.index_add_(0, sample, slope * weight[place])
+            of_weight.index_add_(0, place, slope * scaled[sample])
+            # A logit does not depend on the length of the class's weight.
+            along = (of_weight * weight).mv(ones).mul_(shrink[part].square())
+            optimizer.update(drawn.rows, part, of_weight.addcmul_(weight, along[:, None], value=-1))
         optimizer.commit(drawn.rows)
-        return gradient * ctx.scale, None, None, None, None, None, None
+        gradient = of_rest.mul_(slope_rest).add_(of_named).mul_(ctx.scale)
+        return gradient, None, None, None, None, None, None
+
+
+def _exponentials(scaled: Tensor, weight: Tensor, shrink: Tensor, named: tuple[Tensor, Tensor]) -> Tensor:
+    """Return the exponentials of logits, [n, classes], in fp32, with 0 for the classes that a sample names."""
+    found = (scaled @ weight.T).to(shrink.dtype).mul_(shrink).exp_()
+    found[named] = 0
+    return found

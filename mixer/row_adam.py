@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_CHUNK = 8192  # rows that fit into a cache with their moments
+
 
 @dataclass
 class Rows:
@@ -19,6 +21,10 @@ class Rows:
     weight: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+
+    def parts(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return views of some of the rows: weight, exp_avg, exp_avg_sq."""
+        return self.weight[part], self.exp_avg[part], self.exp_avg_sq[part]
 
 
 class RowAdam:
@@ -60,29 +66,28 @@ class RowAdam:
         if index is None:
             self.settle()
             return Rows(None, self.weight, self.exp_avg, self.exp_avg_sq)
-        weight, exp_avg, exp_avg_sq = self._copied(index)
-        last = self._drawn[index].long()
-        missed = (len(self._decay) - 1 - last).to(weight.dtype)
-        root = exp_avg_sq.sqrt()
-        drift = torch.where(root > 0, self._drift[last].to(weight.dtype) / root, 0)
-        weight.mul_(self._decay[last].to(weight.dtype)[:, None]).addcmul_(exp_avg, drift[:, None], value=-1)
-        first, second = self.betas
-        return Rows(index, weight, exp_avg.mul_((first**missed)[:, None]), exp_avg_sq.mul_(second**missed))
+        rows = Rows(index, *self._room(len(index)))
+        for start in range(0, len(index), _CHUNK):
+            self._catch_up(rows, slice(start, start + _CHUNK))
+        return rows
 
     def update(self, rows: Rows, part: slice, gradient: Tensor) -> None:
         """Take this step with the gradient, [n, dim], of n of the rows drawn; it is used up."""
         first, second = self.betas
-        weight, exp_avg, exp_avg_sq = rows.weight[part], rows.exp_avg[part], rows.exp_avg_sq[part]
-        square = torch.linalg.vecdot(gradient, gradient).div_(gradient.shape[1]).add_(self.eps**2)
+        weight, exp_avg, exp_avg_sq = rows.parts(part)
+        square = gradient.norm(dim=1).square_().div_(gradient.shape[1]).add_(self.eps**2)
         exp_avg_sq.lerp_(square, 1 - second)
         exp_avg.lerp_(gradient, 1 - first)
         if self.weight_decay:
             weight.mul_(1 - self.lr * self.weight_decay)
         length = self.lr * self._correction() / exp_avg_sq.sqrt()
         weight.addcmul_(exp_avg, length[:, None], value=-1)
+        if rows.index is not None:
+            for whole, copy in zip(self._parts(), rows.parts(part), strict=True):
+                whole.index_copy_(0, rows.index[part], copy)
 
     def commit(self, rows: Rows) -> None:
-        """Keep what `update` made of the rows drawn, and end the step."""
+        """End the step, in which every row drawn was updated."""
         correction = self._correction()
         self.step_count += 1
         if rows.index is None:
@@ -93,16 +98,14 @@ class RowAdam:
         self._ratio, self._decay = (torch.cat([part, part.new_ones(1)]) for part in (self._ratio, self._decay))
         self._drift = torch.cat([self._drift, self._drift.new_zeros(1)])
         self._drawn[rows.index] = len(self._decay) - 1
-        for part, drawn in zip(self._parts(), (rows.weight, rows.exp_avg, rows.exp_avg_sq), strict=True):
-            part.index_copy_(0, rows.index, drawn)
 
-    def settle(self, chunk: int = 65536) -> None:
-        """Bring every row up to date, `chunk` rows at a time; before the matrix is read as a whole."""
+    def settle(self) -> None:
+        """Bring every row up to date, before the matrix is read as a whole."""
         if len(self._decay) == 1:
             return
-        for index in torch.arange(len(self.weight), device=self.weight.device).split(chunk):
+        for index in torch.arange(len(self.weight), device=self.weight.device).split(_CHUNK):
             rows = self.draw(index)
-            for part, drawn in zip(self._parts(), (rows.weight, rows.exp_avg, rows.exp_avg_sq), strict=True):
+            for part, drawn in zip(self._parts(), rows.parts(slice(None)), strict=True):
                 part[int(index[0]) : int(index[-1]) + 1] = drawn
         self._forget()
 
@@ -117,15 +120,27 @@ class RowAdam:
             rows.copy_(state[name])
         self.step_count = step_count
 
-    def _copied(self, index: Tensor) -> list[Tensor]:
-        """Copy rows into memory that is kept from step to step: to have it anew takes longer than the copy."""
-        if self._copies is None or len(index) > len(self._copies[0]):
-            room = len(index) + len(index) // 16
+    def _room(self, count: int) -> list[Tensor]:
+        """Return memory for copies, which is kept from step to step: to have it anew takes longer than to copy."""
+        if self._copies is None or count > len(self._copies[0]):
+            room = count + count // 16
             self._copies = [part.new_empty(room, *part.shape[1:]) for part in self._parts()]
-        copies = [copy[: len(index)] for copy in self._copies]
-        for part, copy in zip(self._parts(), copies, strict=True):
-            torch.index_select(part, 0, index, out=copy)
-        return copies
+        return [copy[:count] for copy in self._copies]
+
+    def _catch_up(self, rows: Rows, part: slice) -> None:
+        """Copy a part of the rows drawn and make up for the steps that passed over them."""
+        assert rows.index is not None
+        index, copies = rows.index[part], rows.parts(part)
+        for whole, copy in zip(self._parts(), copies, strict=True):
+            torch.index_select(whole, 0, index, out=copy)
+        weight, exp_avg, exp_avg_sq = copies
+        last = self._drawn[index].long()
+        missed = (len(self._decay) - 1 - last).to(weight.dtype)
+        root = exp_avg_sq.sqrt()
+        drift = torch.where(root > 0, self._drift[last].to(weight.dtype) / root, 0)
+        weight.mul_(self._decay[last].to(weight.dtype)[:, None]).addcmul_(exp_avg, drift[:, None], value=-1)
+        exp_avg.mul_((self.betas[0] ** missed)[:, None])
+        exp_avg_sq.mul_(self.betas[1] ** missed)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.weight, self.exp_avg, self.exp_avg_sq

@@ -177,8 +177,7 @@ class ShardedMarginSoftmax(nn.Module):
         sizes = [int(count) for count in counts]
         everyone = _GatherRows.apply(embeddings, sizes, self.rank, self.group)
         assert isinstance(everyone, Tensor)
-        parts = (targets.classes, targets.evidence, targets.others, targets.weights)
-        return everyone, Targets(*(gather_rows(part, sizes, self.group) for part in parts))
+        return everyone, Targets.unpacked(gather_rows(targets.packed(), sizes, self.group))
 
 
 def evidence_loss(rest: Tensor, named: Tensor, targets: Targets, margin: float) -> Tensor:

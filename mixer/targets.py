@@ -44,6 +44,18 @@ class Targets:
         parts = (self.classes, self.evidence, self.others, self.weights)
         return Targets(*(part.to(device, non_blocking=True) for part in parts))
 
+    def packed(self) -> Tensor:
+        """Return all of it as one float32 tensor, [n, 3k + 2], bit by bit; it travels in one piece."""
+        ids = self.classes.contiguous().view(torch.float32)
+        return torch.cat([ids, self.evidence, self.others[:, None], self.weights[:, None]], dim=1)
+
+    @classmethod
+    def unpacked(cls, packed: Tensor) -> Targets:
+        """Return what `packed` packed."""
+        width = (packed.shape[1] - 2) // 3
+        ids = packed.new_empty(len(packed), 2 * width).copy_(packed[:, : 2 * width])
+        return cls(ids.view(torch.int64), packed[:, 2 * width : -2], packed[:, -2], packed[:, -1])
+
     def confidence(self, total: int) -> Tensor:
         """Return the probability of the likeliest class, if each of `total` classes is as likely before, [n]."""
         named = self.evidence.masked_fill(self.classes == PADDING, -torch.inf)

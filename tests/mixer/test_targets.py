@@ -139,3 +139,12 @@ def test_many_weak_clicks_on_one_thing_decide_together() -> None:
 def test_photos_without_neighbours_keep_what_they_have(n: int) -> None:
     found = pool_evidence(torch.ones(n, 3), random_targets(n), 6, 5)
     assert as_dicts(found) == as_dicts(random_targets(n))
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_what_is_packed_comes_out_bit_by_bit(count: int) -> None:
+    classes = torch.tensor([[PADDING, 2**40 + 1, 2**52]]).repeat(count, 1)
+    targets = Targets(classes, torch.randn(count, 3), torch.full((count,), -torch.inf), torch.rand(count))
+    found = Targets.unpacked(targets.packed())
+    for name in ("classes", "evidence", "others", "weights"):
+        assert torch.equal(getattr(found, name), getattr(targets, name))
