@@ -90,6 +90,7 @@ class TrainConfig(Section):
     )
     holdout: float = Field(0.05, ge=0, lt=0.5, description="share of query samples kept out to follow recall")
     recall_every: int = Field(1, ge=1, description="epochs from one measurement of the held-out recall to the next")
+    checkpoint_steps: int = Field(0, ge=0, description="steps from checkpoint to checkpoint within an epoch; 0: none")
     fine_tune: FineTuneConfig = FineTuneConfig()
     max_failures: int = Field(2, ge=0, description="how often Ray Train restarts the workers before it gives up")
     seed: int = Field(0, ge=0)

@@ -20,7 +20,7 @@ from mixer.towers import Towers
 from mixer.training import Batch, FrozenTower
 from mixer_platform.config import TrainConfig
 from mixer_platform.storage import open_storage
-from mixer_platform.train.checkpoints import Checkpoints
+from mixer_platform.train.checkpoints import Checkpoints, name_of
 
 STEPS, CLASSES, PHOTOS, ITEMS = 6, 7, 10, 8
 IMAGE_WIDTH, TEXT_WIDTH = 12, 8
@@ -96,12 +96,12 @@ def run_steps(trainer: Any, start: int, stop: int, world: int, rank: int) -> lis
 def whole_state(trainer: Any, checkpoints: Checkpoints, steps: int, losses: list[float]) -> None:
     """Write a checkpoint the way the loop does."""
     towers = trainer.tower_state()
-    checkpoints.write_classes(steps, trainer.head.owned, trainer.head_state())
+    checkpoints.write_classes(name_of(steps), trainer.head.owned, trainer.head_state())
     if dist.get_rank() == 0:
-        checkpoints.write_towers(steps, towers)
+        checkpoints.write_towers(name_of(steps), towers)
     dist.barrier()
     if dist.get_rank() == 0:
-        checkpoints.publish(steps, {"step": trainer.step_count, "losses": losses}, keep=9)
+        checkpoints.publish(name_of(steps), {"step": trainer.step_count, "losses": losses}, keep=9)
     dist.barrier()
 
 
@@ -122,9 +122,9 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
         state = checkpoints.latest()
         trainer = make_trainer(*settings, restored=state is not None)
         if state:
-            epoch, losses = state["epoch"], state["losses"]
-            trainer.load_tower_state(checkpoints.read_towers(epoch), state["step"])
-            trainer.load_head_state(checkpoints.read_classes(epoch, trainer.head.owned), state["step"])
+            name, losses = state["name"], state["losses"]
+            trainer.load_tower_state(checkpoints.read_towers(name), state["step"])
+            trainer.load_head_state(checkpoints.read_classes(name, trainer.head.owned), state["step"])
         losses = losses + run_steps(trainer, [0, *STOPS][leg], STOPS[leg], world, rank)
         whole_state(trainer, checkpoints, STOPS[leg], losses)
     dist.destroy_process_group()
@@ -151,9 +151,9 @@ def read(folder: Path, run: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     state = checkpoints.latest()
     assert state is not None
     assert state["step"] == STEPS
-    rows = checkpoints.read_classes(STEPS, range(CLASSES))
+    rows = checkpoints.read_classes(name_of(STEPS), range(CLASSES))
     classes = {f"classes.{name}": value for name, value in rows.items()}
-    return state["losses"], checkpoints.read_towers(STEPS) | classes
+    return state["losses"], checkpoints.read_towers(name_of(STEPS)) | classes
 
 
 def assert_equal(found: tuple, wanted: tuple, tolerance: float) -> None:

@@ -3,80 +3,112 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from mixer.targets import Targets
+from mixer_platform.errors import MissingError, StorageError
 from mixer_platform.storage import Storage
 
 STATE = "state.json"
+P = ParamSpec("P")
+R = TypeVar("R")
+_log = logging.getLogger(__name__)
 _TOWERS = "towers.safetensors"
 
 
-class Checkpoints:
-    """The checkpoints of one run, below `runs/<run>/` of a workspace. `state.json` makes one visible."""
+def name_of(epoch: int, batches: int = 0) -> str:
+    """Return the name of a checkpoint after an epoch or, with `batches`, after so many of its batches; names sort."""
+    return f"epoch-{epoch:05d}" + (f"-{batches:010d}" if batches else "")
 
-    def __init__(self, storage: Storage, run: str) -> None:
-        self.storage, self.folder = storage, f"runs/{run}"
+
+class Checkpoints:
+    """The checkpoints of one run, below `runs/<run>/` of a workspace. `state.json` makes one visible.
+
+    Where the storage does not answer they try again for `patience` seconds, then raise its StorageError.
+    """
+
+    def __init__(self, storage: Storage, run: str, patience: float = 300) -> None:
+        self.storage, self.folder, self.patience = storage, f"runs/{run}", patience
 
     def latest(self) -> dict[str, Any] | None:
-        """Return the state of the newest whole checkpoint, or None."""
-        states = [key for key in self.storage.list(self.folder) if key.endswith(f"/{STATE}")]
-        return json.loads(self.storage.read(max(states))) if states else None
+        """Return the state of the newest whole checkpoint, with its `name`, or None."""
+        states = [key for key in self._patiently(self.storage.list, self.folder) if key.endswith(f"/{STATE}")]
+        return json.loads(self._patiently(self.storage.read, max(states))) if states else None
 
-    def clear(self, epoch: int) -> None:
-        """Delete what an interrupted run left of an epoch; other numbers of workers write other files."""
-        self.storage.delete(self._epoch(epoch))
+    def clear(self, name: str) -> None:
+        """Delete what an interrupted run left of a checkpoint; other numbers of workers write other files."""
+        self._patiently(self.storage.delete, f"{self.folder}/{name}")
 
-    def write_classes(self, epoch: int, owned: range, rows: dict[str, Tensor]) -> None:
-        """Write one worker's rows, each [owned classes, dim]; nothing for a worker without classes."""
+    def write_classes(self, name: str, owned: range, rows: dict[str, Tensor]) -> None:
+        """Write one worker's rows, each [owned classes, ..]; nothing for a worker without classes."""
         if len(owned):
-            key = f"{self._epoch(epoch)}/classifier/{owned.start:012d}-{owned.stop:012d}.safetensors"
-            self.storage.write(key, save({name: value.contiguous() for name, value in rows.items()}))
+            key = f"{self.folder}/{name}/classifier/{owned.start:012d}-{owned.stop:012d}.safetensors"
+            self._write(key, save({part: value.contiguous() for part, value in rows.items()}))
 
-    def write_towers(self, epoch: int, towers: dict[str, Tensor]) -> None:
+    def write_towers(self, name: str, towers: dict[str, Tensor]) -> None:
         """Write the towers; one worker does."""
-        self.storage.write(f"{self._epoch(epoch)}/{_TOWERS}", save(towers))
+        self._write(f"{self.folder}/{name}/{_TOWERS}", save(towers))
 
-    def publish(self, epoch: int, state: dict[str, Any], keep: int = 2) -> None:
+    def publish(self, name: str, state: dict[str, Any], keep: int = 2) -> None:
         """Make the checkpoint visible once every worker has written, and delete all but the last `keep`."""
-        self.storage.write(f"{self._epoch(epoch)}/{STATE}", json.dumps({"epoch": epoch, **state}).encode())
-        visible = [key for key in self.storage.list(self.folder) if key.endswith(f"/{STATE}")]
+        self._write(f"{self.folder}/{name}/{STATE}", json.dumps({"name": name, **state}).encode())
+        visible = [key for key in self._patiently(self.storage.list, self.folder) if key.endswith(f"/{STATE}")]
         for key in sorted(visible)[:-keep]:
-            self.storage.delete(key.removesuffix(f"/{STATE}"))
+            self._patiently(self.storage.delete, key.removesuffix(f"/{STATE}"))
 
     def write_targets(self, round_: int, targets: Targets) -> None:
         """Write what a round learns from; one worker does."""
         parts = {"classes": targets.classes, "evidence": targets.evidence}
         parts |= {"others": targets.others, "weights": targets.weights}
-        self.storage.write(self._targets(round_), save({name: part.contiguous() for name, part in parts.items()}))
+        self._write(self._targets(round_), save({name: part.contiguous() for name, part in parts.items()}))
 
     def read_targets(self, round_: int) -> Targets:
         """Return what `write_targets` wrote."""
-        return Targets(**load(self.storage.read(self._targets(round_))))
+        return Targets(**load(self._patiently(self.storage.read, self._targets(round_))))
 
-    def read_towers(self, epoch: int) -> dict[str, Tensor]:
+    def read_towers(self, name: str) -> dict[str, Tensor]:
         """Return what `write_towers` wrote."""
-        return load(self.storage.read(f"{self._epoch(epoch)}/{_TOWERS}"))
+        return load(self._patiently(self.storage.read, f"{self.folder}/{name}/{_TOWERS}"))
 
-    def read_classes(self, epoch: int, owned: range) -> dict[str, Tensor]:
+    def read_classes(self, name: str, owned: range) -> dict[str, Tensor]:
         """Return the rows of the classes `owned`, from however many files they were written to."""
-        folder = f"{self._epoch(epoch)}/classifier"
         parts: list[dict[str, Tensor]] = []
-        for key in sorted(self.storage.list(folder)):
+        for key in self.class_files(name):
             start, stop = (int(number) for number in key.rpartition("/")[2].removesuffix(".safetensors").split("-"))
             first, last = max(start, owned.start), min(stop, owned.stop)
             if first < last or not parts:  # the first file also tells the shape to a worker without classes
-                rows = load(self.storage.read(key))
+                rows = load(self._patiently(self.storage.read, key))
                 cut = slice(max(first - start, 0), max(last - start, 0))
-                parts.append({name: value[cut] for name, value in rows.items()})
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                parts.append({part: value[cut] for part, value in rows.items()})
+        return {part: torch.cat([rows[part] for rows in parts]) for part in parts[0]}
+
+    def class_files(self, name: str) -> list[str]:
+        """Return the keys of what `write_classes` wrote, in order of classes."""
+        return sorted(self._patiently(self.storage.list, f"{self.folder}/{name}/classifier"))
 
     def _targets(self, round_: int) -> str:
         return f"{self.folder}/targets-{round_}.safetensors"
 
-    def _epoch(self, epoch: int) -> str:
-        return f"{self.folder}/epoch-{epoch:05d}"
+    def _write(self, key: str, data: bytes) -> None:
+        self._patiently(self.storage.write, key, data)
+
+    def _patiently(self, action: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
+        began, wait = time.monotonic(), 0.1
+        while True:
+            try:
+                return action(*arguments, **named)
+            except MissingError:
+                raise
+            except StorageError as error:
+                if time.monotonic() - began > self.patience:
+                    raise
+                _log.warning("%s; trying again in %.1f s", error, wait)
+                time.sleep(wait)
+                wait = min(2 * wait, 5.0)

@@ -29,7 +29,15 @@ from mixer_platform.train.stages import encoder_widths
 
 matplotlib.use("Agg")
 KIND = "models"
-_NOT_LEARNED_FROM = {"samples", "workers", "cpus_per_worker", "gpus_per_worker", "recall_every", "max_failures"}
+_NOT_LEARNED_FROM = {
+    "samples",
+    "workers",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "recall_every",
+    "max_failures",
+    "checkpoint_steps",
+}
 _CURVES = ("loss", "held_out_r1")
 _log = logging.getLogger(__name__)
 
@@ -79,7 +87,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         "seconds": round(time.monotonic() - started, 2),
     }
     version = versions.new_version(run)
-    _publish(storage, version, checkpoints, state["epoch"], config.model, report)
+    _publish(storage, version, checkpoints, state["name"], config.model, report)
     return versions.publish(storage, KIND, version, report)
 
 
@@ -103,26 +111,25 @@ def _fit(job: dict[str, Any], config: RunConfig) -> None:
 
 
 def _publish(
-    storage: Storage, version: str, checkpoints: Checkpoints, epoch: int, architecture: ModelConfig, report: dict
+    storage: Storage, version: str, checkpoints: Checkpoints, name: str, architecture: ModelConfig, report: dict
 ) -> None:
     """Write the model's files; the manifest, written after them, makes them visible."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = load_trained(checkpoints, epoch, architecture)
+        model = load_trained(checkpoints, name, architecture)
         model.save_pretrained(folder)
         export_model(model, folder)
         write_curves(report["history"], folder)
         versions.upload(storage, folder, f"{KIND}/{version}")
-    for key in storage.list(f"{checkpoints.folder}/epoch-{epoch:05d}/classifier"):
-        name = key.rpartition("/")[2]
-        storage.write(f"{KIND}/{version}/classifier/{name}", storage.read(key))
+    for key in checkpoints.class_files(name):
+        storage.write(f"{KIND}/{version}/classifier/{key.rpartition('/')[2]}", storage.read(key))
     storage.write(f"{KIND}/{version}/metrics.json", versions.to_json(report))
 
 
-def load_trained(checkpoints: Checkpoints, epoch: int, architecture: ModelConfig) -> MixerModel:
+def load_trained(checkpoints: Checkpoints, name: str, architecture: ModelConfig) -> MixerModel:
     """Return the whole model with the trained parameters of a checkpoint."""
     model = MixerModel(architecture)
-    state = checkpoints.read_towers(epoch)
+    state = checkpoints.read_towers(name)
     model.load_state_dict({name: value for name, value in state.items() if ":" not in name}, strict=False)
     return model.eval()
 

@@ -1,4 +1,4 @@
-"""What each Ray Train worker runs: the epochs of every stage, a checkpoint after each, on from the last one."""
+"""What each Ray Train worker runs: the epochs of every stage, with checkpoints, on from the last one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixer.sampling import EpochPlan, class_chances, plan_epoch
 from mixer.targets import Targets
 from mixer_platform.config import TrainConfig
 from mixer_platform.storage import open_storage
-from mixer_platform.train.checkpoints import Checkpoints
+from mixer_platform.train.checkpoints import Checkpoints, name_of
 from mixer_platform.train.engine import HybridTrainer
 from mixer_platform.train.stages import (
     Samples,
@@ -42,21 +42,19 @@ def train_worker(job: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
 
     samples = read_samples(job, config)
-    start, history = 0, []
-    state = checkpoints.latest()
-    if state:
-        start, history = state["epoch"] + 1, state["history"]
+    state = checkpoints.latest() or {"epoch": 0, "batches": 0, "history": []}
+    start, history = state["epoch"], state["history"]
     rows, held_out = split_holdout(samples.targets, len(samples.photos), job["classes"], config.holdout, config.seed)
     stages = stages_of(config)
-    stage = stage_of(config, max(start - 1, 0))  # of the last epoch that was trained, if any
+    stage = stage_of(config, start if state["batches"] else max(start - 1, 0))  # of what was trained last, if anything
     if stage:
         samples.targets = checkpoints.read_targets(stage)
     if stage == config.rounds:
         samples = with_pictures(job, samples)
     trainer = new_trainer(job, stages[stage], samples, len(rows), device)
-    if state:
-        trainer.load_tower_state(checkpoints.read_towers(state["epoch"]), state["step"])
-        trainer.load_head_state(checkpoints.read_classes(state["epoch"], trainer.head.owned), state["step"])
+    if "name" in state:
+        trainer.load_tower_state(checkpoints.read_towers(state["name"]), state["step"])
+        trainer.load_head_state(checkpoints.read_classes(state["name"], trainer.head.owned), state["step"])
 
     chance = class_chances(samples.labels.numpy(), config.skew)
     last = config.rounds * config.epochs + config.fine_tune.epochs
@@ -71,31 +69,35 @@ def train_worker(job: dict[str, Any]) -> None:
         dropout = (config.text_dropout, config.image_dropout)
         plan = plan_epoch(len(samples.labels), samples.views, epoch, config.seed, *dropout, chance)
         plan = EpochPlan(plan.order[np.isin(plan.order, rows)], plan.view, plan.drop_text, plan.drop_image)
-        losses = [trainer.step(samples.batch(part, plan).to(device)) for part in plan.batches(size, world, rank)]
-        metrics = {"epoch": epoch, "loss": float(np.mean(losses))}
+        batches = plan.batches(size, world, rank)
+        done, total = (state["batches"], state["total_loss"]) if epoch == start and state["batches"] else (0, 0.0)
+        for number, part in enumerate(batches[done:], done + 1):
+            total += trainer.step(samples.batch(part, plan).to(device))
+            if config.checkpoint_steps and number % config.checkpoint_steps == 0 and number < len(batches):
+                place = {"epoch": epoch, "batches": number, "total_loss": total, "history": history}
+                write_checkpoint(checkpoints, name_of(epoch, number), trainer, place)
+        metrics = {"epoch": epoch, "loss": total / len(batches)}
         ends = epoch + 1 == last or stage_of(config, epoch + 1) > stage
         if len(held_out) and (ends or (epoch + 1) % config.recall_every == 0):
             metrics["held_out_r1"] = held_out_recall(trainer, samples, held_out, size, device)
         metrics["seconds"] = round(time.monotonic() - began, 2)
         history = [*history, metrics]
-        write_checkpoint(checkpoints, epoch, trainer, history)
+        write_checkpoint(checkpoints, name_of(epoch), trainer, {"epoch": epoch + 1, "batches": 0, "history": history})
         ray.train.report(metrics)
 
 
-def write_checkpoint(
-    checkpoints: Checkpoints, epoch: int, trainer: HybridTrainer, history: list[dict[str, float]]
-) -> None:
-    """Write the checkpoint of an epoch; every worker calls this and writes its classes."""
+def write_checkpoint(checkpoints: Checkpoints, name: str, trainer: HybridTrainer, place: dict[str, Any]) -> None:
+    """Write a checkpoint that goes on at `place`; every worker calls this and writes its classes."""
     head, towers = trainer.head, trainer.tower_state()
     if head.rank == 0:
-        checkpoints.clear(epoch)
+        checkpoints.clear(name)
     dist.barrier()
-    checkpoints.write_classes(epoch, head.owned, trainer.head_state())
+    checkpoints.write_classes(name, head.owned, trainer.head_state())
     if head.rank == 0:
-        checkpoints.write_towers(epoch, towers)
+        checkpoints.write_towers(name, towers)
     dist.barrier()  # nothing is visible before everybody has written
     if head.rank == 0:
-        checkpoints.publish(epoch, {"step": trainer.step_count, "world": head.world, "history": history})
+        checkpoints.publish(name, {"step": trainer.step_count, "world": head.world, **place})
 
 
 def split_holdout(

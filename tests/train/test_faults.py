@@ -1,0 +1,202 @@
+"""What breaks in mid-epoch: a worker, the driver, the storage. The run ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pytest
+import ray
+import torch
+from moto.server import ThreadedMotoServer
+from safetensors.torch import load
+
+from mixer.config import ModelConfig
+from mixer_platform.config import RunConfig
+from mixer_platform.storage import open_storage
+from mixer_platform.train.checkpoints import Checkpoints
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
+
+ROOT = Path(__file__).parents[2]
+DRIVER = """
+import json, sys
+import ray
+from mixer_platform.config import RunConfig
+from mixer_platform.train.job import train
+
+address, config, variables = sys.argv[1:]
+ray.init(address, runtime_env={"env_vars": json.loads(variables)}, logging_level="ERROR", log_to_driver=False)
+print(json.dumps(train(RunConfig.model_validate(json.loads(config)))))
+"""
+OUTAGE = 30  # seconds
+
+
+def make_config(workspace: str, architecture: ModelConfig) -> RunConfig:
+    settings = {"epochs": 25, "batch_size": 5, "workers": 2, "holdout": 0, "neighbours": 0, "checkpoint_steps": 1}
+    tree = {"data": "unused", "workspace": workspace, "model": architecture.model_dump()}
+    return RunConfig.model_validate({**tree, "train": {**settings, "cpus_per_worker": 0.5, "max_failures": 3}})
+
+
+def start(config: RunConfig, variables: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    """Start a driver of its own that trains."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "platform")])
+    known = {"PYTHONPATH": paths, **(variables or {})}
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", DRIVER, address, config.model_dump_json(), json.dumps(known)]
+    return subprocess.Popen(command, env={**os.environ, **known}, stdout=subprocess.PIPE, text=True)
+
+
+def finish(driver: subprocess.Popen[str]) -> dict[str, Any]:
+    out, _ = driver.communicate(timeout=240)
+    assert driver.returncode == 0
+    return json.loads(out.splitlines()[-1])
+
+
+def wait(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+    return found
+
+
+def checkpoints_of(workspace: str) -> Checkpoints | None:
+    runs = open_storage(workspace).folders("runs")
+    return Checkpoints(open_storage(workspace), runs[0]) if runs else None
+
+
+def within_an_epoch(workspace: str) -> dict[str, Any] | None:
+    """Return the state of a run that is in the middle of an epoch and has some behind it."""
+    run = checkpoints_of(workspace)
+    with suppress(Exception):  # it may be deleting what is being looked at
+        state = run.latest() if run else None
+        if state and state["epoch"] >= 3 and state["batches"] == 2:
+            return state
+    return None
+
+
+def training_workers() -> list[int]:
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if b"RayTrainWorker" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return found
+
+
+def weights(workspace: str, report: dict[str, Any]) -> dict[str, torch.Tensor]:
+    return load(open_storage(workspace).read(f"models/{report['version']}/model.safetensors"))
+
+
+@pytest.fixture
+def unbroken(workspace: Path, architecture: ModelConfig) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The report and the weights of the run that nothing happens to; its workspace is a copy."""
+    copy = str(workspace.parent / "unbroken")
+    shutil.copytree(workspace, copy)
+    report = finish(start(make_config(copy, architecture)))
+    return report, weights(copy, report)
+
+
+def check(broken: dict[str, Any], workspace: str, unbroken: tuple, before: list[dict[str, Any]]) -> None:
+    """The same losses and weights; and what was trained before is not trained again."""
+    report, expected = unbroken
+    assert broken["history"][: len(before)] == before
+    losses = [[entry["loss"] for entry in each["history"]] for each in (broken, report)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    found = weights(workspace, broken)
+    for name, value in expected.items():
+        if not name.endswith("key.bias"):  # no gradient but rounding noise
+            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_worker_is_killed(workspace: Path, architecture: ModelConfig, unbroken: tuple) -> None:
+    driver = start(make_config(str(workspace), architecture))
+    state = wait(lambda: within_an_epoch(str(workspace)))
+    os.kill(training_workers()[0], signal.SIGKILL)
+    check(finish(driver), str(workspace), unbroken, state["history"])
+
+
+def test_the_driver_is_killed_and_started_again(workspace: Path, architecture: ModelConfig, unbroken: tuple) -> None:
+    config = make_config(str(workspace), architecture)
+    driver = start(config)
+    state = wait(lambda: within_an_epoch(str(workspace)))
+    driver.kill()
+    driver.communicate()
+    wait(lambda: not training_workers())
+    assert not open_storage(str(workspace)).folders("models")
+    check(finish(start(config)), str(workspace), unbroken, state["history"])
+
+
+def test_the_storage_fails_for_a_while(
+    workspace: Path, architecture: ModelConfig, unbroken: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    with Gate(server.get_host_and_port()) as gate:
+        known = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{gate.port}", "AWS_DEFAULT_REGION": "us-east-1"}
+        known |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+        for name, value in known.items():
+            monkeypatch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="faults")
+        bucket = open_storage("s3://faults/work")
+        for path in workspace.rglob("*"):
+            if path.is_file():
+                bucket.write(str(path.relative_to(workspace)), path.read_bytes())
+        driver = start(make_config(bucket.uri, architecture), known)
+        state = wait(lambda: within_an_epoch(bucket.uri))
+        gate.shut = True
+        threading.Timer(OUTAGE, lambda: setattr(gate, "shut", False)).start()
+        check(finish(driver), bucket.uri, unbroken, state["history"])
+    server.stop()
+
+
+class Gate:
+    """A port in front of a server; while it is shut, every connection is cut."""
+
+    def __init__(self, server: tuple[str, int]) -> None:
+        self.server, self.shut = server, False
+
+    def __enter__(self) -> Gate:
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._listen, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.close()
+
+    def _listen(self) -> None:
+        for client in self._accepted():
+            if self.shut:
+                client.close()
+            else:
+                threading.Thread(target=self._pass_on, args=(client,), daemon=True).start()
+
+    def _accepted(self) -> Iterator[socket.socket]:
+        with suppress(OSError):  # closed
+            while True:
+                yield self._listener.accept()[0]
+
+    def _pass_on(self, client: socket.socket) -> None:
+        with client, socket.create_connection(self.server) as server, suppress(OSError):
+            while not self.shut:
+                for ready in select.select([client, server], [], [], 0.1)[0]:
+                    data = ready.recv(65536)
+                    if not data:
+                        return
+                    (server if ready is client else client).sendall(data)
