@@ -11,7 +11,6 @@ from torch import Tensor
 
 from mixer.row_adam import Rows
 
-NONE = -1e4  # a logit whose exponential is 0; unlike -inf, it has a gradient
 _LEAST_NORM = 1e-12
 
 
@@ -52,10 +51,11 @@ class DrawnClasses:
 
 
 class ClassLogits(torch.autograd.Function):
-    """From embeddings [n, dim] and the classes drawn: `rest` [n] and `named` [n, k], see `evidence_loss`.
+    """From embeddings [n, dim] and the classes drawn, the `total` [n] and `named` [n, k] of `evidence_loss`; `named` is
+    0 where another worker has the class.
 
-    `named` is 0 where another worker has the class. The backward pass computes each chunk's logits once more and steps
-    its classes, so that neither the logits nor the gradient of all classes ever exist.
+    The backward pass computes each chunk's logits once more and steps its classes, so that neither the logits nor the
+    gradient of all classes ever exist. Nothing is subtracted before an exponential is taken: see `MOST_SCALE`.
     """
 
     @staticmethod
@@ -75,18 +75,16 @@ class ClassLogits(torch.autograd.Function):
             named[sample, drawn.slot[names]] = right
             others = _exponentials(scaled.to(kind), weight.to(kind), shrink[part], (sample, place))
             total += others.sum(dim=1) if drawn.stands_for is None else others @ drawn.stands_for[part]
-        rest = total.log().clamp_min_(NONE)
-        ctx.save_for_backward(scaled, shrink, rest)
+        ctx.save_for_backward(scaled, shrink)
         ctx.drawn, ctx.scale, ctx.chunk, ctx.kind, ctx.optimizer = drawn, scale, chunk, kind, optimizer
-        return rest, named
+        return total, named
 
     @staticmethod
-    def backward(ctx: Any, slope_rest: Tensor, slope_named: Tensor) -> tuple[Tensor | None, ...]:
-        scaled, shrink, rest = ctx.saved_tensors
+    def backward(ctx: Any, slope_total: Tensor, slope_named: Tensor) -> tuple[Tensor | None, ...]:
+        scaled, shrink = ctx.saved_tensors
         drawn, optimizer, kind = ctx.drawn, ctx.optimizer, ctx.kind
         factor = shrink if drawn.stands_for is None else shrink * drawn.stands_for
-        slope_rest = torch.where(rest > NONE, slope_rest * (-rest).exp(), 0)[:, None]
-        pulls, ones = (slope_rest * scaled).to(kind), scaled.new_ones(scaled.shape[1])
+        pulls, ones = (slope_total[:, None] * scaled).to(kind), scaled.new_ones(scaled.shape[1])
         of_rest, of_named = torch.zeros_like(scaled), torch.zeros_like(scaled)
         for part, names in drawn.chunks(ctx.chunk):
             weight, sample, place = drawn.rows.weight[part], drawn.sample[names], drawn.place[names] - part.start
@@ -102,7 +100,7 @@ class ClassLogits(torch.autograd.Function):
             along = (of_weight * weight).mv(ones).mul_(shrink[part].square())
             optimizer.update(drawn.rows, part, of_weight.addcmul_(weight, along[:, None], value=-1))
         optimizer.commit(drawn.rows)
-        gradient = of_rest.mul_(slope_rest).add_(of_named).mul_(ctx.scale)
+        gradient = of_rest.mul_(slope_total[:, None]).add_(of_named).mul_(ctx.scale)
         return gradient, None, None, None, None, None, None
 
 

@@ -1,8 +1,8 @@
 """A margin softmax whose class weights are cut over the workers (hybrid parallelism; ArcFace's Partial FC lineage).
 
 Every worker holds a contiguous range of the classes. The embeddings of all workers are gathered, each worker computes
-the logits of its own classes, a chunk at a time, and one collective brings together what the loss needs of them: the
-logarithm of a sum of exponentials, and the logits of the classes that samples name.
+the logits of its own classes, a chunk at a time, and one collective adds up what the loss needs of them: a sum of
+exponentials, and the logits of the classes that samples name.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixer.class_logits import NONE, ClassLogits, DrawnClasses, RowOptimizer
+from mixer.class_logits import ClassLogits, DrawnClasses, RowOptimizer
 from mixer.config import MOST_SCALE
 from mixer.negatives import merged, stratified
 from mixer.targets import PADDING, Targets
 
+_NONE = -1e4  # a logit whose exponential is 0; unlike -inf, it has a gradient
 _BLOCK = 4096  # classes drawn from one seed
 _KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -112,10 +113,13 @@ class ShardedMarginSoftmax(nn.Module):
             targets: of the n samples, k the same on every worker. A sample names a class at most once.
         """
         everyone, known = self._gathered(embeddings, targets)
-        found = ClassLogits.apply(
+        total, named = ClassLogits.apply(
             everyone, self._draw(known), known.classes.shape[1], self.scale, self.chunk, self.kind, self.optimizer
         )
-        return evidence_loss(*self._over_workers(*found), known, self.scale * self.margin)
+        if self.world > 1:
+            both = _SumOverRanks.apply(torch.cat([total[:, None], named], dim=1), self.group)
+            total, named = both[:, 0], both[:, 1:]
+        return evidence_loss(total, named, known, self.scale * self.margin)
 
     @torch.no_grad()
     def likeliest(self, embeddings: Tensor, targets: Targets, count: int) -> tuple[Tensor, Tensor]:
@@ -158,17 +162,6 @@ class ShardedMarginSoftmax(nn.Module):
             stands_for[torch.searchsorted(index, named)] = 1  # they would have been here anyway
         return DrawnClasses(self.optimizer.draw(index), stands_for, sample, slot, torch.searchsorted(index, place))
 
-    def _over_workers(self, rest: Tensor, named: Tensor) -> tuple[Tensor, Tensor]:
-        """Join `rest` [n] and `named` [n, k] of all workers."""
-        if self.world == 1:
-            return rest, named
-        mine = torch.cat([rest[:, None], named], dim=1)
-        parts = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(parts, mine.detach(), self.group)
-        parts[self.rank] = mine  # the others are constants here: a worker's gradient is that of its own classes
-        joined = torch.stack(parts)
-        return joined[..., 0].logsumexp(dim=0), joined[..., 1:].sum(dim=0)
-
     def _gathered(self, embeddings: Tensor, targets: Targets) -> tuple[Tensor, Targets]:
         if self.world == 1:
             return embeddings, targets
@@ -180,7 +173,7 @@ class ShardedMarginSoftmax(nn.Module):
         return everyone, Targets.unpacked(gather_rows(targets.packed(), sizes, self.group))
 
 
-def evidence_loss(rest: Tensor, named: Tensor, targets: Targets, margin: float) -> Tensor:
+def evidence_loss(total: Tensor, named: Tensor, targets: Targets, margin: float) -> Tensor:
     """Return the weighted mean of -ln sum over classes of P(class | embedding) * P(what was observed | class).
 
     A sample's belief is what its evidence and its embedding say together. The margin is shared as the belief is, and
@@ -188,14 +181,15 @@ def evidence_loss(rest: Tensor, named: Tensor, targets: Targets, margin: float) 
     evidence it is 0.
 
     Args:
-        rest: [n], the logarithm of the sum of exponentials of the logits of all classes that a sample does not name.
+        total: [n], the sum of exponentials of the logits of all classes that a sample does not name.
         named: [n, k], the logits of those that it names; whatever in the place of `PADDING`.
         targets: of the n samples.
         margin: in units of a logit.
     """
-    named = torch.where(targets.classes == PADDING, NONE, named)
+    named = torch.where(targets.classes == PADDING, _NONE, named)
+    rest = torch.where(total > 0, total.clamp_min(torch.finfo(total.dtype).tiny).log(), _NONE)
     logits = torch.cat([named, rest[:, None]], dim=1)
-    evidence = torch.cat([targets.evidence, targets.others.clamp_min(NONE)[:, None]], dim=1)
+    evidence = torch.cat([targets.evidence, targets.others.clamp_min(_NONE)[:, None]], dim=1)
     if margin:
         with torch.no_grad():
             belief = (logits + evidence).softmax(dim=1)
@@ -235,3 +229,17 @@ class _GatherRows(torch.autograd.Function):
         dist.all_reduce(gradient, group=ctx.group)
         start = sum(ctx.sizes[: ctx.rank])
         return gradient[start : start + ctx.sizes[ctx.rank]], None, None, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """Every rank derives the same loss from the sum, and takes the gradient of what it brought to it."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        total = part.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
