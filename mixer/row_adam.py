@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mixer.pages import on_large_pages
+
 _CHUNK = 8192  # rows that fit into a cache with their moments
 
 
@@ -49,7 +51,7 @@ class RowAdam:
     ) -> None:
         self.weight, self.lr, self.weight_decay, self.betas, self.eps = weight, lr, weight_decay, betas, eps
         # Filled, not `zeros`: memory that cannot be had is missed now, and not when the last row is drawn.
-        self.exp_avg = torch.empty_like(weight).fill_(0)
+        self.exp_avg = on_large_pages(torch.empty_like(weight)).fill_(0)
         self.exp_avg_sq = torch.empty(len(weight), device=weight.device).fill_(0)
         self._copies: list[Tensor] | None = None
         self.step_count = 0

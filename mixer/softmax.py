@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mixer.class_logits import ClassLogits, DrawnClasses, RowOptimizer
 from mixer.config import MOST_SCALE
 from mixer.negatives import merged, stratified
+from mixer.pages import on_large_pages
 from mixer.targets import PADDING, Targets
 
 _NONE = -1e4  # a logit whose exponential is 0; unlike -inf, it has a gradient
@@ -88,7 +89,7 @@ class ShardedMarginSoftmax(nn.Module):
         self.world = dist.get_world_size(group) if dist.is_initialized() else 1
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.owned = class_range(classes, self.world, self.rank)
-        self.register_buffer("weight", torch.zeros(len(self.owned), dim))
+        self.register_buffer("weight", on_large_pages(torch.empty(len(self.owned), dim)).zero_())
         self._draws = torch.Generator()
 
     @torch.no_grad()

@@ -39,17 +39,16 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     return ModelConfig(**encoders, dim=8, concepts=2, concept_dim=8, heads=2, max_tokens=8)
 
 
-@pytest.fixture
-def workspace(tmp_path: Path) -> Path:
-    """A workspace with samples/v1: three classes of one colour each, four photos and two items a class."""
-    folder = tmp_path / "workspace"
+def make_workspace(parent: Path) -> Path:
+    """Make a workspace with samples/v1: three classes of one colour each, four photos and two items a class."""
+    folder = parent / "workspace"
     rng = np.random.default_rng(0)
     rows = []
     for label, colour in enumerate([(200, 30, 30), (30, 200, 30), (30, 30, 200)]):
         for n in range(6):
             kind = "query" if n < 4 else "item"
             pixels = np.clip(np.array(colour) + rng.normal(0, 25, (40, 48, 3)), 0, 255).astype(np.uint8)
-            path = tmp_path / f"{kind}-{label}-{n}.png"
+            path = parent / f"{kind}-{label}-{n}.png"
             Image.fromarray(pixels).save(path)
             text = None if kind == "query" else f"{['red', 'green', 'blue'][label]} round thing"
             row = {"sample_id": path.stem, "kind": kind, "image": str(path), "text": text, "class_id": label}
@@ -65,3 +64,15 @@ def workspace(tmp_path: Path) -> Path:
     pq.write_table(pa.Table.from_pylist(rows[7:], SAMPLES), folder / "samples/v1/train/1.parquet")
     versions.publish(open_storage(str(folder)), "samples", "v1", {"classes": 3})
     return folder
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Path:
+    """A workspace of `make_workspace`."""
+    return make_workspace(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def other_workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another, for the whole of a module."""
+    return make_workspace(tmp_path_factory.mktemp("other"))

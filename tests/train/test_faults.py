@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -47,7 +46,7 @@ OUTAGE = 30  # seconds
 
 
 def make_config(workspace: str, architecture: ModelConfig) -> RunConfig:
-    settings = {"epochs": 25, "batch_size": 5, "workers": 2, "holdout": 0, "neighbours": 0, "checkpoint_steps": 1}
+    settings = {"epochs": 8, "batch_size": 5, "workers": 2, "holdout": 0, "neighbours": 0, "checkpoint_steps": 2}
     tree = {"data": "unused", "workspace": workspace, "model": architecture.model_dump()}
     return RunConfig.model_validate({**tree, "train": {**settings, "cpus_per_worker": 0.5, "max_failures": 3}})
 
@@ -85,7 +84,7 @@ def within_an_epoch(workspace: str) -> dict[str, Any] | None:
     run = checkpoints_of(workspace)
     with suppress(Exception):  # it may be deleting what is being looked at
         state = run.latest() if run else None
-        if state and state["epoch"] >= 3 and state["batches"] == 2:
+        if state and state["epoch"] >= 2 and state["batches"]:
             return state
     return None
 
@@ -103,13 +102,11 @@ def weights(workspace: str, report: dict[str, Any]) -> dict[str, torch.Tensor]:
     return load(open_storage(workspace).read(f"models/{report['version']}/model.safetensors"))
 
 
-@pytest.fixture
-def unbroken(workspace: Path, architecture: ModelConfig) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The report and the weights of the run that nothing happens to; its workspace is a copy."""
-    copy = str(workspace.parent / "unbroken")
-    shutil.copytree(workspace, copy)
-    report = finish(start(make_config(copy, architecture)))
-    return report, weights(copy, report)
+@pytest.fixture(scope="module")
+def unbroken(other_workspace: Path, architecture: ModelConfig) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The report and the weights of the run that nothing happens to."""
+    report = finish(start(make_config(str(other_workspace), architecture)))
+    return report, weights(str(other_workspace), report)
 
 
 def check(broken: dict[str, Any], workspace: str, unbroken: tuple, before: list[dict[str, Any]]) -> None:

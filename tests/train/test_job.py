@@ -88,6 +88,8 @@ def check_model(folder: Path, report: dict[str, Any]) -> None:
     assert [entry["epoch"] for entry in report["history"]] == [0, 1]
     assert all(math.isfinite(loss) for loss in losses(report))
     assert all(0 <= entry["held_out_r1"] <= 1 for entry in report["history"])
+    for entry in report["history"]:
+        assert sum(entry[f"share_{part}"] for part in ("data", "towers", "softmax")) == pytest.approx(1, abs=1e-3)
     assert (report["samples"], report["classes"], report["dim"]) == ("v1", 3, 8)
     assert json.loads((folder / "metrics.json").read_text())["history"] == report["history"]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -16,6 +16,7 @@ from mixer.sampling import learning_rate_factor
 from mixer.softmax import ShardedMarginSoftmax
 from mixer.training import Batch
 from mixer_platform.config import TrainConfig
+from mixer_platform.train.stopwatch import Stopwatch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -36,6 +37,7 @@ class HybridTrainer:
         )
         self._rows = head.optimizer = RowAdam(head.weight, config.classifier_lr, config.weight_decay)
         self.step_count = 0
+        self.watch = Stopwatch(head.weight.device)
 
     def step(self, batch: Batch) -> float:
         """Learn from one global batch of which `batch` is this worker's part; return the global loss."""
@@ -43,15 +45,21 @@ class HybridTrainer:
         self.head.begin_step(self.config.seed, self.step_count)
         branches = self.config.branch_weight > 0
         embeddings = self.engine(batch, branches=branches).float()
-        if self.head.world > 1:
-            # The loss is the mean over all workers already; ZeRO will divide by their number once more.
-            embeddings.register_hook(lambda gradient: gradient * self.head.world)
+        self.watch.lap("towers")
+        embeddings.register_hook(self._back_from_softmax)
         targets = batch.targets_by_branch(self.config.branch_weight) if branches else batch.targets
         loss = self.head(embeddings, targets)
         self.engine.backward(loss)
         self.engine.step()
         self.step_count += 1
+        self.watch.lap("towers")
         return float(loss.detach())
+
+    def _back_from_softmax(self, gradient: Tensor) -> Tensor:
+        """Return the embeddings' gradient as ZeRO wants it: it will divide it by the number of workers, but the loss
+        is the mean over all of them already."""
+        self.watch.lap("softmax")
+        return gradient * self.head.world
 
     def _set_learning_rates(self) -> None:
         factor = learning_rate_factor(self.step_count, self.steps, self.config.warmup)

@@ -86,6 +86,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         "seconds_features": round(cached - started, 2),
         "seconds": round(time.monotonic() - started, 2),
     }
+    shares = {name[6:]: share for name, share in state["history"][-1].items() if name.startswith("share_")}
+    _log.info("time of the last epoch's steps: %s", ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
     version = versions.new_version(run)
     _publish(storage, version, checkpoints, state["name"], config.model, report)
     return versions.publish(storage, KIND, version, report)
@@ -135,13 +137,13 @@ def load_trained(checkpoints: Checkpoints, name: str, architecture: ModelConfig)
 
 
 def write_curves(history: list[dict[str, float]], folder: Path) -> None:
-    """Write loss and held-out recall an epoch for TensorBoard and as curves.png."""
+    """Write loss, held-out recall and where time went an epoch, for TensorBoard; the first two as curves.png too."""
     import matplotlib.pyplot as plt
 
     with SummaryWriter(str(folder / "tensorboard")) as writer:
         for entry in history:
-            for name in _CURVES:
-                if name in entry:
+            for name in entry:
+                if name in _CURVES or name.startswith("share_"):
                     writer.add_scalar(name, entry[name], entry["epoch"])
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for axis, name in zip(axes, _CURVES, strict=True):

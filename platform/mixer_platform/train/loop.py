@@ -72,11 +72,14 @@ def train_worker(job: dict[str, Any]) -> None:
         batches = plan.batches(size, world, rank)
         done, total = (state["batches"], state["total_loss"]) if epoch == start and state["batches"] else (0, 0.0)
         for number, part in enumerate(batches[done:], done + 1):
-            total += trainer.step(samples.batch(part, plan).to(device))
+            trainer.watch.start()
+            batch = samples.batch(part, plan).to(device)
+            trainer.watch.lap("data")
+            total += trainer.step(batch)
             if config.checkpoint_steps and number % config.checkpoint_steps == 0 and number < len(batches):
                 place = {"epoch": epoch, "batches": number, "total_loss": total, "history": history}
                 write_checkpoint(checkpoints, name_of(epoch, number), trainer, place)
-        metrics = {"epoch": epoch, "loss": total / len(batches)}
+        metrics = {"epoch": epoch, "loss": total / len(batches), **trainer.watch.shares()}
         ends = epoch + 1 == last or stage_of(config, epoch + 1) > stage
         if len(held_out) and (ends or (epoch + 1) % config.recall_every == 0):
             metrics["held_out_r1"] = held_out_recall(trainer, samples, held_out, size, device)
