@@ -138,6 +138,8 @@ def measured(classes: int = 500_000, dim: int = 256, rate: float = 0.1) -> tuple
     few, many = fastest(step(64)), fastest(step(512))
     drawn = rate * classes
     a_sample = (many - few) / (512 - 64)
+    if a_sample <= 0:
+        raise SystemExit("this machine is too busy to measure on: eight times the batch took no longer")
     return bare, Rates(products(1, drawn, dim) / a_sample, traffic(drawn, dim) / max(few - 64 * a_sample, 1e-9))
 
 

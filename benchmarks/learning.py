@@ -187,7 +187,7 @@ def optimise(
 class Classification:
     """Learning by classification, as the product does; every part can be taken away.
 
-    new: items that are not learned from. text: whether items have any.
+    new: items that are not learned from. text: whether items have any. rate: share of the classes that a step draws.
     """
 
     targets: Targets
@@ -196,6 +196,7 @@ class Classification:
     rounds: int = 1
     text: bool = True
     branch_weight: float | None = None
+    rate: float = 1.0
 
     def __call__(self, bench: Bench, seed: int, new: np.ndarray | None = None) -> Towers:
         towers, head = self._round(bench, seed, self.targets, new)
@@ -211,7 +212,7 @@ class Classification:
         towers = new_towers(bench, seed, self.make)
         tower = FrozenTower(towers)
         scale = train.scale or fixed_scale(self.classes)
-        head = ShardedMarginSoftmax(bench.config.model.dim, self.classes, train.margin, scale)
+        head = ShardedMarginSoftmax(bench.config.model.dim, self.classes, train.margin, scale, rate=self.rate)
         head.reset(seed)
         weight = train.branch_weight if self.branch_weight is None else self.branch_weight
         learned = bench.everything if new is None else np.setdiff1d(bench.everything, bench.photos + new)

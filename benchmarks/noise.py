@@ -118,6 +118,7 @@ def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "infonce": infonce,
             "arcface": arcface,
             "mixer": Classification(shared_evidence(bench), bench.classes),
+            "sampled": Classification(shared_evidence(bench), bench.classes, rate=0.1),
         }
         figures: dict[str, Any] = {"level": level, "wrong_clicks": round(wrong, 4), **label_quality(bench, data)}
         for name, method in methods.items():

@@ -10,6 +10,7 @@ from torch import Tensor
 from mixer.pages import on_large_pages
 
 _CHUNK = 8192  # rows that fit into a cache with their moments
+_MOST_STEPS = 4096  # that a row may be behind
 
 
 @dataclass
@@ -17,12 +18,14 @@ class Rows:
     """Rows of the matrix as they are now: views of all of them, or copies of those that a step draws.
 
     index: int64 [drawn], ascending; None where all are drawn. weight, exp_avg: [drawn, dim]. exp_avg_sq: [drawn].
+    draw: which draw this is.
     """
 
     index: Tensor | None
     weight: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    draw: int = 0
 
     def parts(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return views of some of the rows: weight, exp_avg, exp_avg_sq."""
@@ -54,6 +57,7 @@ class RowAdam:
         self.exp_avg = on_large_pages(torch.empty_like(weight)).fill_(0)
         self.exp_avg_sq = torch.empty(len(weight), device=weight.device).fill_(0)
         self._copies: list[Tensor] | None = None
+        self._draws = 0
         self.step_count = 0
         # Per step since `settle`: what a row last drawn in it has been multiplied by since, and how far it has
         # drifted, in multiples of exp_avg / sqrt(exp_avg_sq). `_drawn` is the place of each row's last step in them.
@@ -64,17 +68,23 @@ class RowAdam:
         self._forget()
 
     def draw(self, index: Tensor | None) -> Rows:
-        """Return rows as they are after `step_count` steps; nothing is changed. Copies last until the next draw."""
+        """Return rows as they are after `step_count` steps. They last until the next draw."""
+        self._draws += 1
         if index is None:
             self.settle()
-            return Rows(None, self.weight, self.exp_avg, self.exp_avg_sq)
-        rows = Rows(index, *self._room(len(index)))
+            return Rows(None, self.weight, self.exp_avg, self.exp_avg_sq, self._draws)
+        rows = Rows(index, *self._room(len(index)), self._draws)
         for start in range(0, len(index), _CHUNK):
             self._catch_up(rows, slice(start, start + _CHUNK))
         return rows
 
     def update(self, rows: Rows, part: slice, gradient: Tensor) -> None:
-        """Take this step with the gradient, [n, dim], of n of the rows drawn; it is used up."""
+        """Take this step with the gradient, [n, dim], of n of the rows drawn; it is used up.
+
+        Raises RuntimeError for rows that were committed, or drawn before others were.
+        """
+        if rows.draw != self._draws:
+            raise RuntimeError("rows of an earlier draw: a step is one draw, its updates and one commit")
         first, second = self.betas
         weight, exp_avg, exp_avg_sq = rows.parts(part)
         square = gradient.norm(dim=1).square_().div_(gradient.shape[1]).add_(self.eps**2)
@@ -92,6 +102,7 @@ class RowAdam:
         """End the step, in which every row drawn was updated."""
         correction = self._correction()
         self.step_count += 1
+        self._draws += 1
         if rows.index is None:
             return
         self._ratio *= self.betas[0] / self.betas[1] ** 0.5
@@ -100,6 +111,8 @@ class RowAdam:
         self._ratio, self._decay = (torch.cat([part, part.new_ones(1)]) for part in (self._ratio, self._decay))
         self._drift = torch.cat([self._drift, self._drift.new_zeros(1)])
         self._drawn[rows.index] = len(self._decay) - 1
+        if len(self._decay) > _MOST_STEPS:  # what is kept of each step takes time too
+            self.settle()
 
     def settle(self) -> None:
         """Bring every row up to date, before the matrix is read as a whole."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -56,11 +57,12 @@ class ShardedMarginSoftmax(nn.Module):
         margin: subtracted from the cosine of the right class.
         scale: multiplies cosines; at most `MOST_SCALE`: exponentials are summed as they are, in fp32.
         group: the workers; None for all.
-        rate: share of the classes that a step draws, beside those that its samples name; 1 is exact.
+        rate: share of the classes that a step draws, beside those that its samples name; 1: all.
         unbiased: a class drawn stands for 1 / rate classes, so that the sum of exponentials is right in expectation
-            (Jean et al., arXiv 1412.2007); else, as in Partial FC, for itself.
-        precision: of the products. In bf16 a cosine is off by less than 2^-7, and nothing where samples name the class.
-        chunk: number of classes whose logits exist at once. A step needs about 4 (4 samples + 4 dim) bytes for each.
+            (Jean et al., arXiv 1412.2007); else, as in Partial FC, for itself, and the evidence that a sample is of none
+            of the classes that it names counts for less, by ln 1 / rate.
+        precision: of the products. In bf16 a cosine is off by less than 2^-7; where samples name the class it is not.
+        chunk: number of classes whose logits exist at once. A step needs about 12 (samples + dim) bytes for each.
 
     `optimizer` steps the classes in the backward pass and must be set before anything else.
     """
@@ -96,7 +98,7 @@ class ShardedMarginSoftmax(nn.Module):
     def reset(self, seed: int) -> None:
         """Draw the weights; a class's row depends on the seed and the class alone, not on the number of workers."""
         for block in range(self.owned.start // _BLOCK, -(-self.owned.stop // _BLOCK)):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + block)
+            generator = torch.Generator().manual_seed(_mixed(seed, block))
             rows = torch.randn(_BLOCK, self.weight.shape[1], generator=generator) * 0.01
             first, last = max(self.owned.start, block * _BLOCK), min(self.owned.stop, (block + 1) * _BLOCK)
             mine = slice(first - self.owned.start, last - self.owned.start)
@@ -104,7 +106,7 @@ class ShardedMarginSoftmax(nn.Module):
 
     def begin_step(self, seed: int, step: int) -> None:
         """Let what the next step draws depend on these and on the rank alone."""
-        self._draws.manual_seed((seed * 1_000_003 + step) * 65_537 + self.rank)
+        self._draws.manual_seed(_mixed(seed, step, self.rank))
 
     def forward(self, embeddings: Tensor, targets: Targets) -> Tensor:
         """Return the weighted mean loss over the samples of all workers, the same scalar on each.
@@ -197,6 +199,11 @@ def evidence_loss(total: Tensor, named: Tensor, targets: Targets, margin: float)
         logits = logits - margin * belief
     share = targets.weights / targets.weights.sum().clamp_min(torch.finfo(targets.weights.dtype).tiny)
     return ((logits.logsumexp(dim=1) - (logits + evidence).logsumexp(dim=1)) * share).sum()
+
+
+def _mixed(*numbers: int) -> int:
+    """Return a seed for a tuple of numbers; torch's generator looks at its last 32 bits only."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
 def gather_rows(rows: Tensor, sizes: list[int], group: dist.ProcessGroup | None) -> Tensor:

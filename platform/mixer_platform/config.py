@@ -74,7 +74,7 @@ class TrainConfig(Section):
         1.0, gt=0, le=1, description="share of the classes that a step draws beside those that its samples name"
     )
     class_rate_unbiased: bool = Field(
-        False, description="a class drawn stands for 1 / class_rate of them: the softmax's sum is right on average"
+        False, description="a class drawn stands for 1 / class_rate of them, so that evidence keeps its weight"
     )
     skew: float = Field(
         1.0, ge=0, le=1, description="a class of n samples is drawn with p ~ n^skew; 1: as logged, 0: all alike"

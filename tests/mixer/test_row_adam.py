@@ -76,6 +76,26 @@ def test_what_is_drawn_is_up_to_date_and_drawing_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (adam.weight, adam.exp_avg, adam.exp_avg_sq), strict=True))
 
 
+def test_rows_of_an_earlier_draw_are_refused() -> None:
+    adam = RowAdam(torch.randn(ROWS, DIM), 0.1)
+    first = adam.draw(torch.tensor([0, 1]))
+    adam.draw(torch.tensor([2, 3]))
+    with pytest.raises(RuntimeError, match="earlier draw"):
+        adam.update(first, slice(0, 2), torch.ones(2, DIM))
+    rows = adam.draw(None)
+    adam.commit(rows)
+    with pytest.raises(RuntimeError, match="earlier draw"):
+        adam.update(rows, slice(0, 2), torch.ones(2, DIM))
+
+
+def test_steps_far_behind_are_settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixer.row_adam._MOST_STEPS", 7)
+    weight = torch.randn(ROWS, DIM)
+    state = run(weight, 0, 50, 0.2, 0.1).state()
+    for found, expected in zip(state.values(), slow(weight, 50, 0.2, 0.1), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_broken_run_goes_on_as_if_unbroken() -> None:
     weight = torch.randn(ROWS, DIM)
     resumed = run(weight, 20, 50, 0.3, 0.1, before=run(weight, 0, 20, 0.3, 0.1)).state()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixer.class_logits import ClassLogits
-from mixer.row_adam import Rows
+from mixer.row_adam import RowAdam, Rows
 from mixer.softmax import ShardedMarginSoftmax, class_range, fixed_scale
 from mixer.targets import PADDING, Targets
 
@@ -296,6 +296,34 @@ def test_bf16_moves_a_logit_less_than_its_bound(dim: int) -> None:
     torch.testing.assert_close(exact[1], rounded[1])  # of the class named, nothing is rounded
     assert ((exact[0] / rounded[0]).log().abs() < 8.0 * 2**-7).all()
     assert not torch.equal(exact[0], rounded[0])
+
+
+def sampled_run(first: int, last: int, before: RowAdam | None = None) -> tuple[RowAdam, list[float]]:
+    """Learn with a twentieth of 400 classes a step; a few samples name some more."""
+    head = make_head(400, rate=0.05)
+    adam = head.optimizer = RowAdam(head.weight, 0.05, weight_decay=0.01)
+    if before:
+        adam.load(before.state(), before.step_count)
+    losses = []
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        embeddings = F.normalize(torch.randn(9, DIM, generator=generator), dim=1).requires_grad_()
+        head.begin_step(7, step)
+        loss = head(embeddings, Targets.certain(torch.randint(400, (9,), generator=generator)))
+        loss.backward()
+        losses.append(float(loss.detach()))
+    return adam, losses
+
+
+def test_a_sampled_run_that_is_broken_off_goes_on_alike() -> None:
+    whole, losses = sampled_run(0, 30)
+    half, first = sampled_run(0, 14)
+    resumed, second = sampled_run(14, 30, before=half)
+    torch.testing.assert_close(torch.tensor(first + second), torch.tensor(losses), **TOLERANCE)
+    for found, expected in zip(resumed.state().values(), whole.state().values(), strict=True):
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+    assert (whole.exp_avg_sq > 0).float().mean() > 0.5  # most were drawn at some time
+    assert (whole.exp_avg_sq == 0).any()  # not all
 
 
 def test_a_scale_whose_exponentials_overflow_is_refused() -> None:

@@ -47,6 +47,24 @@ def test_ranges_of_any_size(checkpoints: Checkpoints) -> None:
         assert torch.equal(checkpoints.read_classes(name_of(0), owned)["weight"], rows_of(10, owned)["weight"])
 
 
+def test_many_classes_are_written_in_pieces(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixer_platform.train.checkpoints._FILE", 2 * 4 * DIM * 3)
+    checkpoints.write_classes(name_of(0), range(10, 20), rows_of(10, range(10)))
+    assert len(checkpoints.class_files(name_of(0))) == 4
+    found = checkpoints.read_classes(name_of(0), range(12, 17))
+    assert torch.equal(found["weight"], rows_of(10, range(2, 7))["weight"])
+
+
+def test_what_never_became_visible_is_swept(checkpoints: Checkpoints) -> None:
+    for name in (name_of(0), name_of(1, 20)):
+        checkpoints.write_towers(name, {"a": torch.ones(1)})
+    checkpoints.publish(name_of(0), {})
+    checkpoints.write_targets(1, Targets.certain(torch.zeros(2, dtype=torch.int64)))
+    checkpoints.sweep()
+    left = {key.split("/")[2] for key in checkpoints.storage.list("runs")}
+    assert left == {"epoch-00000", "targets-1.safetensors"}
+
+
 def test_nothing_is_seen_before_it_is_published(checkpoints: Checkpoints) -> None:
     assert checkpoints.latest() is None
     checkpoints.write_classes(name_of(0), range(2), rows_of(2, range(2)))

@@ -89,12 +89,12 @@ def within_an_epoch(workspace: str) -> dict[str, Any] | None:
     return None
 
 
-def training_workers() -> list[int]:
-    found = []
+def training_workers() -> set[int]:
+    found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             if b"RayTrainWorker" in (folder / "cmdline").read_bytes():
-                found.append(int(folder.name))
+                found.add(int(folder.name))
     return found
 
 
@@ -122,19 +122,21 @@ def check(broken: dict[str, Any], workspace: str, unbroken: tuple, before: list[
 
 
 def test_a_worker_is_killed(workspace: Path, architecture: ModelConfig, unbroken: tuple) -> None:
+    others = training_workers()
     driver = start(make_config(str(workspace), architecture))
     state = wait(lambda: within_an_epoch(str(workspace)))
-    os.kill(training_workers()[0], signal.SIGKILL)
+    os.kill((training_workers() - others).pop(), signal.SIGKILL)
     check(finish(driver), str(workspace), unbroken, state["history"])
 
 
 def test_the_driver_is_killed_and_started_again(workspace: Path, architecture: ModelConfig, unbroken: tuple) -> None:
     config = make_config(str(workspace), architecture)
+    others = training_workers()
     driver = start(config)
     state = wait(lambda: within_an_epoch(str(workspace)))
     driver.kill()
     driver.communicate()
-    wait(lambda: not training_workers())
+    wait(lambda: not training_workers() - others)
     assert not open_storage(str(workspace)).folders("models")
     check(finish(start(config)), str(workspace), unbroken, state["history"])
 
@@ -159,6 +161,7 @@ def test_the_storage_fails_for_a_while(
         gate.shut = True
         threading.Timer(OUTAGE, lambda: setattr(gate, "shut", False)).start()
         check(finish(driver), bucket.uri, unbroken, state["history"])
+        assert gate.cut
     server.stop()
 
 
@@ -166,7 +169,7 @@ class Gate:
     """A port in front of a server; while it is shut, every connection is cut."""
 
     def __init__(self, server: tuple[str, int]) -> None:
-        self.server, self.shut = server, False
+        self.server, self.shut, self.cut = server, False, 0
 
     def __enter__(self) -> Gate:
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -180,6 +183,7 @@ class Gate:
     def _listen(self) -> None:
         for client in self._accepted():
             if self.shut:
+                self.cut += 1
                 client.close()
             else:
                 threading.Thread(target=self._pass_on, args=(client,), daemon=True).start()

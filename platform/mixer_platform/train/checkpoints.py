@@ -17,6 +17,7 @@ from mixer_platform.errors import MissingError, StorageError
 from mixer_platform.storage import Storage
 
 STATE = "state.json"
+_FILE = 2**28  # bytes of a worker's rows in one file; stores take no files of any size
 P = ParamSpec("P")
 R = TypeVar("R")
 _log = logging.getLogger(__name__)
@@ -42,15 +43,27 @@ class Checkpoints:
         states = [key for key in self._patiently(self.storage.list, self.folder) if key.endswith(f"/{STATE}")]
         return json.loads(self._patiently(self.storage.read, max(states))) if states else None
 
+    def sweep(self) -> None:
+        """Delete what interrupted runs wrote of checkpoints that never became visible."""
+        keys = self._patiently(self.storage.list, self.folder)
+        names = {key.removeprefix(f"{self.folder}/").partition("/")[0] for key in keys}
+        for name in sorted(names):
+            if name.startswith("epoch-") and f"{self.folder}/{name}/{STATE}" not in keys:
+                self.clear(name)
+
     def clear(self, name: str) -> None:
         """Delete what an interrupted run left of a checkpoint; other numbers of workers write other files."""
         self._patiently(self.storage.delete, f"{self.folder}/{name}")
 
     def write_classes(self, name: str, owned: range, rows: dict[str, Tensor]) -> None:
         """Write one worker's rows, each [owned classes, ..]; nothing for a worker without classes."""
-        if len(owned):
-            key = f"{self.folder}/{name}/classifier/{owned.start:012d}-{owned.stop:012d}.safetensors"
-            self._write(key, save({part: value.contiguous() for part, value in rows.items()}))
+        if not len(owned):
+            return
+        size = max(1, _FILE * len(owned) // sum(value.nbytes for value in rows.values()))
+        for start in range(0, len(owned), size):
+            piece = owned[start : start + size]
+            key = f"{self.folder}/{name}/classifier/{piece.start:012d}-{piece.stop:012d}.safetensors"
+            self._write(key, save({part: value[start : start + size].clone() for part, value in rows.items()}))
 
     def write_towers(self, name: str, towers: dict[str, Tensor]) -> None:
         """Write the towers; one worker does."""

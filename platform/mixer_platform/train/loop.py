@@ -42,7 +42,7 @@ def train_worker(job: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
 
     samples = read_samples(job, config)
-    state = checkpoints.latest() or {"epoch": 0, "batches": 0, "history": []}
+    state = newest(checkpoints, rank)
     start, history = state["epoch"], state["history"]
     rows, held_out = split_holdout(samples.targets, len(samples.photos), job["classes"], config.holdout, config.seed)
     stages = stages_of(config)
@@ -87,6 +87,16 @@ def train_worker(job: dict[str, Any]) -> None:
         history = [*history, metrics]
         write_checkpoint(checkpoints, name_of(epoch), trainer, {"epoch": epoch + 1, "batches": 0, "history": history})
         ray.train.report(metrics)
+
+
+def newest(checkpoints: Checkpoints, rank: int) -> dict[str, Any]:
+    """Return where the run goes on; one worker looks, so that all go on from the same."""
+    found: list[dict[str, Any] | None] = [None]
+    if rank == 0:
+        checkpoints.sweep()
+        found = [checkpoints.latest()]
+    dist.broadcast_object_list(found)
+    return found[0] or {"epoch": 0, "batches": 0, "history": []}
 
 
 def write_checkpoint(checkpoints: Checkpoints, name: str, trainer: HybridTrainer, place: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Where a step's time goes."""
+"""Where a step's time goes. A part's time includes its waiting for other workers."""
 
 from __future__ import annotations
 
