@@ -135,12 +135,13 @@ class RowAdam:
             rows.copy_(state[name])
         self.step_count = step_count
 
-    def _room(self, count: int) -> list[Tensor]:
+    def _room(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return memory for copies, which is kept from step to step: to have it anew takes longer than to copy."""
         if self._copies is None or count > len(self._copies[0]):
             room = count + count // 16
             self._copies = [part.new_empty(room, *part.shape[1:]) for part in self._parts()]
-        return [copy[:count] for copy in self._copies]
+        weight, exp_avg, exp_avg_sq = (copy[:count] for copy in self._copies)
+        return weight, exp_avg, exp_avg_sq
 
     def _catch_up(self, rows: Rows, part: slice) -> None:
         """Copy a part of the rows drawn and make up for the steps that passed over them."""

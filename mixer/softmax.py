@@ -59,8 +59,8 @@ class ShardedMarginSoftmax(nn.Module):
         group: the workers; None for all.
         rate: share of the classes that a step draws, beside those that its samples name; 1: all.
         unbiased: a class drawn stands for 1 / rate classes, so that the sum of exponentials is right in expectation
-            (Jean et al., arXiv 1412.2007); else, as in Partial FC, for itself, and the evidence that a sample is of none
-            of the classes that it names counts for less, by ln 1 / rate.
+            (Jean et al., arXiv 1412.2007); else, as in Partial FC, for itself, and evidence that a sample is of none of
+            the classes that it names counts for less, by ln 1 / rate.
         precision: of the products. In bf16 a cosine is off by less than 2^-7; where samples name the class it is not.
         chunk: number of classes whose logits exist at once. A step needs about 12 (samples + dim) bytes for each.
 
