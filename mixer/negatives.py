@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+_FLAT = 20_000  # classes that are searched one by one
 
 
 def stratified(population: int, count: int, generator: torch.Generator) -> Tensor:
@@ -19,6 +27,8 @@ def stratified(population: int, count: int, generator: torch.Generator) -> Tenso
 
 def merged(ascending: Tensor, more: Tensor) -> Tensor:
     """Return the numbers of either, int64, each once and ascending, as both arguments are; in linear time."""
+    if not len(ascending):
+        return more
     where = torch.searchsorted(ascending, more)
     new = ascending[where.clamp_max(len(ascending) - 1)] != more
     places = where[new] + torch.arange(int(new.sum()), device=more.device)
@@ -27,3 +37,51 @@ def merged(ascending: Tensor, more: Tensor) -> Tensor:
     old[places] = False
     either[places], either[old] = more[new], ascending
     return either
+
+
+class NearestClasses:
+    """Finds the classes of one worker that samples are most easily taken for.
+
+    The index of the classes' weights is built beside the training: the one that was begun at a step is asked from
+    `every` steps later on, whenever it was ready, so a run can be repeated.
+    """
+
+    def __init__(self, count: int, every: int) -> None:
+        self.count, self.every = count, every
+        self._pool = ThreadPoolExecutor(1)
+        self._index: Any = None
+        self._next: Future | None = None
+
+    def refresh(self, step: int, weight: Callable[[], Tensor]) -> None:
+        """At every so many steps begin an index of `weight`, [owned, dim], which is only asked for then."""
+        if self._index is None:
+            self._index = class_index(weight())
+        elif step % self.every == 0:
+            if self._next is not None:
+                self._index = self._next.result()
+            self._next = self._pool.submit(class_index, weight().clone())
+
+    def near(self, embeddings: Tensor) -> Tensor:
+        """Return the `count` classes nearest to each of the embeddings [n, dim], int64, each once and ascending."""
+        if not len(embeddings) or not self._index.ntotal:
+            return torch.zeros(0, dtype=torch.int64, device=embeddings.device)
+        queries = embeddings.detach().float().cpu().contiguous().numpy()
+        _, found = self._index.search(queries, min(self.count, self._index.ntotal))
+        classes = torch.from_numpy(found).flatten().unique()
+        return classes[classes >= 0].to(embeddings.device)
+
+
+def class_index(weight: Tensor) -> Any:
+    """Return a FAISS index of the directions of classes, [classes, dim]; from 20,000 on an approximate one."""
+    import faiss  # only who asks for neighbours needs it
+
+    directions = F.normalize(weight.float(), dim=1).cpu().contiguous().numpy()
+    count, dim = directions.shape
+    lists = 4 * math.isqrt(count)
+    kind = "Flat" if count < _FLAT else f"IVF{lists},SQ8"
+    index = faiss.index_factory(dim, kind, faiss.METRIC_INNER_PRODUCT)
+    if not index.is_trained:
+        index.train(directions[:: max(1, count // (64 * lists))])
+        faiss.extract_index_ivf(index).nprobe = max(1, lists // 64)
+    index.add(directions)
+    return index

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mixer.class_logits import ClassLogits, DrawnClasses, RowOptimizer
 from mixer.config import MOST_SCALE
-from mixer.negatives import merged, stratified
+from mixer.negatives import NearestClasses, merged, stratified
 from mixer.pages import on_large_pages
 from mixer.targets import PADDING, Targets
 
@@ -61,6 +61,8 @@ class ShardedMarginSoftmax(nn.Module):
         unbiased: a class drawn stands for 1 / rate classes, so that the sum of exponentials is right in expectation
             (Jean et al., arXiv 1412.2007); else, as in Partial FC, for itself, and evidence that a sample is of none of
             the classes that it names counts for less, by ln 1 / rate.
+        nearest: beside them, the so many classes nearest to each sample's embedding, in an index of the classes that is
+            built anew every `nearest_every` steps; the others then still have their chance.
         precision: of the products. In bf16 a cosine is off by less than 2^-7; where samples name the class it is not.
         chunk: number of classes whose logits exist at once. A step needs about 12 (samples + dim) bytes for each.
 
@@ -80,6 +82,8 @@ class ShardedMarginSoftmax(nn.Module):
         *,
         rate: float = 1.0,
         unbiased: bool = False,
+        nearest: int = 0,
+        nearest_every: int = 500,
         precision: Literal["fp32", "bf16"] = "fp32",
         chunk: int = 8192,
     ) -> None:
@@ -93,6 +97,7 @@ class ShardedMarginSoftmax(nn.Module):
         self.owned = class_range(classes, self.world, self.rank)
         self.register_buffer("weight", on_large_pages(torch.empty(len(self.owned), dim)).zero_())
         self._draws = torch.Generator()
+        self._nearest = NearestClasses(nearest, nearest_every) if nearest and rate < 1 else None
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
@@ -105,8 +110,10 @@ class ShardedMarginSoftmax(nn.Module):
             self.weight[mine] = rows[first - block * _BLOCK : last - block * _BLOCK]
 
     def begin_step(self, seed: int, step: int) -> None:
-        """Let what the next step draws depend on these and on the rank alone."""
+        """Let what the next step draws depend on these, the classes' weights and the rank alone."""
         self._draws.manual_seed(_mixed(seed, step, self.rank))
+        if self._nearest:
+            self._nearest.refresh(step, lambda: self.optimizer.draw(None).weight)
 
     def forward(self, embeddings: Tensor, targets: Targets) -> Tensor:
         """Return the weighted mean loss over the samples of all workers, the same scalar on each.
@@ -117,7 +124,13 @@ class ShardedMarginSoftmax(nn.Module):
         """
         everyone, known = self._gathered(embeddings, targets)
         total, named = ClassLogits.apply(
-            everyone, self._draw(known), known.classes.shape[1], self.scale, self.chunk, self.kind, self.optimizer
+            everyone,
+            self._draw(everyone, known),
+            known.classes.shape[1],
+            self.scale,
+            self.chunk,
+            self.kind,
+            self.optimizer,
         )
         if self.world > 1:
             both = _SumOverRanks.apply(torch.cat([total[:, None], named], dim=1), self.group)
@@ -148,8 +161,8 @@ class ShardedMarginSoftmax(nn.Module):
             total = gather_rows(total[None], [1] * self.world, self.group).logsumexp(dim=0)
         return classes, best - total[:, None]
 
-    def _draw(self, known: Targets) -> DrawnClasses:
-        """Draw the classes of a step: those of this worker that samples name, and a share of all it has."""
+    def _draw(self, everyone: Tensor, known: Targets) -> DrawnClasses:
+        """Draw the classes of a step: those of this worker that samples name or are near to, and a share of all."""
         owned = self.owned
         sample, slot = ((known.classes >= owned.start) & (known.classes < owned.stop)).nonzero(as_tuple=True)
         place, order = (known.classes[sample, slot] - owned.start).sort()
@@ -158,11 +171,12 @@ class ShardedMarginSoftmax(nn.Module):
         if count + len(named) >= len(owned):
             return DrawnClasses(self.optimizer.draw(None), None, sample, slot, place)
         drawn = stratified(len(owned), count, self._draws).to(place.device)
-        index = merged(drawn, named)
+        certain = merged(named, self._nearest.near(everyone)) if self._nearest else named
+        index = merged(drawn, certain)
         stands_for = None
         if self.unbiased:
             stands_for = torch.full((len(index),), len(owned) / count, device=index.device)
-            stands_for[torch.searchsorted(index, named)] = 1  # they would have been here anyway
+            stands_for[torch.searchsorted(index, certain)] = 1  # they would have been here anyway
         return DrawnClasses(self.optimizer.draw(index), stands_for, sample, slot, torch.searchsorted(index, place))
 
     def _gathered(self, embeddings: Tensor, targets: Targets) -> tuple[Tensor, Targets]:

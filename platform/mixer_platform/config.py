@@ -76,6 +76,10 @@ class TrainConfig(Section):
     class_rate_unbiased: bool = Field(
         False, description="a class drawn stands for 1 / class_rate of them, so that evidence keeps its weight"
     )
+    nearest_classes: int = Field(
+        0, ge=0, description="with class_rate < 1: classes nearest to each sample that a step draws besides"
+    )
+    nearest_every: int = Field(500, ge=1, description="steps after which the index of the nearest classes is replaced")
     skew: float = Field(
         1.0, ge=0, le=1, description="a class of n samples is drawn with p ~ n^skew; 1: as logged, 0: all alike"
     )

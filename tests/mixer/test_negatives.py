@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from mixer.negatives import merged, stratified
+from mixer.negatives import NearestClasses, merged, stratified
 
 
 @pytest.mark.parametrize(("population", "count"), [(10, 1), (10, 3), (10, 7), (10, 10), (1000, 10), (1, 1)])
@@ -33,3 +34,38 @@ def test_merging_equals_sorting_all(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     one, other = (torch.randint(30, (size,), generator=generator).unique() for size in (1 + seed, 3 * seed % 11))
     assert torch.equal(merged(one, other), torch.cat([one, other]).unique())
+
+
+def test_nothing_merges_with_anything() -> None:
+    nothing, some = torch.zeros(0, dtype=torch.int64), torch.tensor([2, 5])
+    assert torch.equal(merged(nothing, some), some)
+    assert torch.equal(merged(some, nothing), some)
+
+
+@pytest.mark.parametrize(("classes", "found"), [(300, 1.0), (25_000, 0.8)])
+def test_the_nearest_classes_are_found(classes: int, found: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(classes, 8, generator=generator) * (0.1 + torch.rand(classes, 1, generator=generator))
+    queries = F.normalize(weight[:20] + 0.01, dim=1)
+    nearest = NearestClasses(3, 10)
+    nearest.refresh(0, lambda: weight)
+    expected = (queries @ F.normalize(weight, dim=1).T).topk(3).indices.unique()
+    near = nearest.near(queries)
+    assert (near.diff() > 0).all()
+    assert torch.isin(expected, near).float().mean() >= found
+    assert len(nearest.near(queries[:0])) == 0
+
+
+def test_an_index_is_asked_one_period_after_it_was_begun() -> None:
+    query, asked, nearest = torch.tensor([[1.0, 0.0]]), [], NearestClasses(1, 4)
+    for step in range(13):
+        weight = torch.eye(2).roll(step // 4, dims=0)  # class 0 is the nearest, then class 1, then class 0 ..
+        nearest.refresh(step, lambda weight=weight: weight)  # type: ignore[misc]
+        asked.append(int(nearest.near(query)))
+    assert asked == [0] * 4 + [0] * 4 + [1] * 4 + [0]
+
+
+def test_a_worker_without_classes_has_none_near() -> None:
+    nearest = NearestClasses(3, 10)
+    nearest.refresh(0, lambda: torch.zeros(0, 4))
+    assert len(nearest.near(torch.ones(2, 4))) == 0

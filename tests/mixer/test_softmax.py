@@ -263,7 +263,7 @@ def test_certain_targets_give_the_loss_of_cosface() -> None:
 
 def class_logits(head: ShardedMarginSoftmax, embeddings: Tensor, known: Targets) -> tuple[Tensor, Tensor]:
     """Return the `total` and `named` of `evidence_loss` in one process."""
-    drawn = head._draw(known)
+    drawn = head._draw(embeddings, known)
     return ClassLogits.apply(embeddings, drawn, 1, head.scale, head.chunk, head.kind, head.optimizer)
 
 
@@ -274,18 +274,19 @@ def make_head(classes: int, dim: int = DIM, **settings) -> ShardedMarginSoftmax:
     return head
 
 
-def test_the_sum_over_classes_drawn_is_unbiased() -> None:
+@pytest.mark.parametrize("nearest", [0, 5])
+def test_the_sum_over_classes_drawn_is_unbiased(nearest: int) -> None:
     embeddings = F.normalize(torch.randn(6, DIM, generator=torch.Generator().manual_seed(1)), dim=1)
     known = Targets.certain(torch.tensor([3, 3, 77, 120, 199, 0]))
     whole, _ = class_logits(make_head(200), embeddings, known)
-    head, sums = make_head(200, rate=0.1, unbiased=True), []
+    head, sums = make_head(200, rate=0.1, unbiased=True, nearest=nearest, nearest_every=10**6), []
     for step in range(4000):
         head.begin_step(0, step)
         sums.append(class_logits(head, embeddings, known)[0])
     ratio = torch.stack(sums) / whole
     error = ratio.std(dim=0) / len(sums) ** 0.5
     assert ((ratio.mean(dim=0) - 1).abs() < 4 * error).all()
-    assert (error < 0.02).all()
+    assert (error < (0.01 if nearest else 0.02)).all()  # the largest are there for certain
 
 
 @pytest.mark.parametrize("dim", [16, 256])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch.distributed as dist
 from mixer.metrics import hit_at_k
 from mixer.sampling import EpochPlan, class_chances, plan_epoch
 from mixer.targets import Targets
+from mixer.training import Batch
 from mixer_platform.config import TrainConfig
 from mixer_platform.storage import open_storage
 from mixer_platform.train.checkpoints import Checkpoints, name_of
@@ -58,8 +62,8 @@ def train_worker(job: dict[str, Any]) -> None:
 
     chance = class_chances(samples.labels.numpy(), config.skew)
     last = config.rounds * config.epochs + config.fine_tune.epochs
+    ended = time.monotonic()
     for epoch in range(start, last):
-        began = time.monotonic()
         if stage_of(config, epoch) > stage:
             stage = stage_of(config, epoch)
             samples, trainer = next_stage(job, stage, samples, len(rows), trainer, device)
@@ -71,22 +75,34 @@ def train_worker(job: dict[str, Any]) -> None:
         plan = EpochPlan(plan.order[np.isin(plan.order, rows)], plan.view, plan.drop_text, plan.drop_image)
         batches = plan.batches(size, world, rank)
         done, total = (state["batches"], state["total_loss"]) if epoch == start and state["batches"] else (0, 0.0)
-        for number, part in enumerate(batches[done:], done + 1):
-            trainer.watch.start()
-            batch = samples.batch(part, plan).to(device)
+        trainer.watch.start()
+        for number, batch in enumerate(made_ahead(partial(samples.batch, plan=plan), batches[done:]), done + 1):
             trainer.watch.lap("data")
-            total += trainer.step(batch)
+            total += trainer.step(batch.to(device))
             if config.checkpoint_steps and number % config.checkpoint_steps == 0 and number < len(batches):
                 place = {"epoch": epoch, "batches": number, "total_loss": total, "history": history}
                 write_checkpoint(checkpoints, name_of(epoch, number), trainer, place)
+            trainer.watch.start()
         metrics = {"epoch": epoch, "loss": total / len(batches), **trainer.watch.shares()}
         ends = epoch + 1 == last or stage_of(config, epoch + 1) > stage
         if len(held_out) and (ends or (epoch + 1) % config.recall_every == 0):
             metrics["held_out_r1"] = held_out_recall(trainer, samples, held_out, size, device)
-        metrics["seconds"] = round(time.monotonic() - began, 2)
+        began, ended = ended, time.monotonic()
+        metrics["seconds"] = round(ended - began, 2)  # with the checkpoint of the epoch before
         history = [*history, metrics]
         write_checkpoint(checkpoints, name_of(epoch), trainer, {"epoch": epoch + 1, "batches": 0, "history": history})
         ray.train.report(metrics)
+
+
+def made_ahead(make: Callable[[np.ndarray], Batch], parts: list[np.ndarray]) -> Iterator[Batch]:
+    """Yield the batch of each part; the next one is made while one is learned from."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = [pool.submit(make, part) for part in parts[:1]]
+        for part in parts[1:]:
+            coming.append(pool.submit(make, part))
+            yield coming.pop(0).result()
+        for made in coming:
+            yield made.result()
 
 
 def newest(checkpoints: Checkpoints, rank: int) -> dict[str, Any]:

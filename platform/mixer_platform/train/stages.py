@@ -104,6 +104,8 @@ def new_trainer(
         scale,
         rate=config.class_rate,
         unbiased=config.class_rate_unbiased,
+        nearest=config.nearest_classes,
+        nearest_every=config.nearest_every,
         precision=config.precision,
     ).to(device)
     head.reset(config.seed)

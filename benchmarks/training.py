@@ -1,0 +1,147 @@
+"""What the platform costs: an epoch of the product's trainer beside a bare loop over the same model and batches.
+
+    .venv/bin/python benchmarks/training.py --data FOLDER [--epochs 12] [--fine-tune 1]
+
+The bare loop has the same towers, classifier, optimizers and number of threads in one process, and its batches wait in
+memory; the trainer is the train job with one worker: Ray Train, DeepSpeed, batches made anew, a checkpoint an epoch.
+Seconds are the median of the epochs but the first (of fine-tuning: the only one). The same trainer with two workers of
+one thread tells what a second one brings. Prints a table and, as its last line, one JSON object. FOLDER as in
+quality.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from learning import Bench, shared_evidence
+from quality import CONFIG, prepare_bench
+from torch import nn
+
+from mixer.row_adam import RowAdam
+from mixer.sampling import plan_epoch
+from mixer.softmax import ShardedMarginSoftmax, fixed_scale
+from mixer.towers import MixerModel, Towers
+from mixer.training import Batch, FrozenTower, WholeModel
+from mixer_platform import versions
+from mixer_platform.cli import connect
+from mixer_platform.config import TrainConfig, load_config
+from mixer_platform.storage import open_storage
+from mixer_platform.train.job import train
+from mixer_platform.train.pictures import PictureSamples
+
+
+def trained(bench: Bench, workers: int, epochs: int, fine_tune: int, precision: str) -> list[float]:
+    """Run the train job; return the seconds of each epoch."""
+    overrides = {
+        "train.epochs": epochs,
+        "train.fine_tune.epochs": fine_tune,
+        "train.precision": precision,
+        "train.workers": workers,
+        "train.cpus_per_worker": 1,
+        "train.holdout": 0,
+        "train.seed": 1000 + workers,  # no run of before is found again
+    }
+    paths = [f"data={bench.config.data}", f"workspace={bench.config.workspace}"]
+    report = train(load_config(CONFIG, paths + [f"{key}={value}" for key, value in overrides.items()]))
+    return [entry["seconds"] for entry in report["history"]]
+
+
+def bare_epoch(tower: nn.Module, head: ShardedMarginSoftmax, config: TrainConfig, batches: list[Batch]) -> float:
+    """Return the seconds of an epoch without anything around it."""
+    optimizer = torch.optim.AdamW(tower.parameters(), lr=config.tower_lr, weight_decay=config.weight_decay)
+    weight = config.branch_weight
+    began = time.perf_counter()
+    for batch in batches:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            embeddings = tower(batch, branches=weight > 0)
+        head(embeddings.float(), batch.targets_by_branch(weight) if weight else batch.targets).backward()
+        nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+        optimizer.step()
+    return time.perf_counter() - began
+
+
+def new_head(bench: Bench, config: TrainConfig) -> ShardedMarginSoftmax:
+    scale = config.scale or fixed_scale(bench.classes)
+    head = ShardedMarginSoftmax(bench.config.model.dim, bench.classes, config.margin, scale, precision=config.precision)
+    head.reset(0)
+    head.optimizer = RowAdam(head.weight, config.classifier_lr, config.weight_decay)
+    return head
+
+
+def frozen_seconds(bench: Bench, epochs: int) -> float:
+    """Return the median epoch of the bare loop over cached features."""
+    config = bench.config.train
+    bench.samples.targets = shared_evidence(bench)
+    towers = Towers(bench.config.model, *bench.widths)
+    towers.fit_features(bench.samples.pooled(towers))
+    tower, head, seconds = FrozenTower(towers), new_head(bench, config), []
+    for epoch in range(epochs):
+        plan = plan_epoch(len(bench.everything), config.views, epoch, 0, config.text_dropout, config.image_dropout)
+        batches = [bench.samples.batch(part, plan) for part in plan.batches(config.batch_size, 1, 0)]
+        seconds.append(bare_epoch(tower, head, config, batches))
+    return statistics.median(seconds[1:])
+
+
+def fine_tuned_seconds(bench: Bench) -> float:
+    """Return an epoch of the bare loop over pictures, with the image encoder's last blocks."""
+    tuning = bench.config.train.fine_tune
+    settings = {"precision": "bf16", "batch_size": tuning.batch_size}
+    config = bench.config.train.model_copy(update=settings)
+    model = MixerModel(bench.config.model)
+    model.image_encoder.train_from(tuning.from_block)
+    storage = open_storage(bench.config.workspace)
+    version = versions.require(storage, "samples", "latest")["version"]
+    pictures = PictureSamples(storage, version, model, 0)
+    pictures.targets = bench.samples.targets
+    plan = plan_epoch(len(pictures.labels), pictures.views, 0, 0, config.text_dropout, config.image_dropout)
+    batches = list(decoded(pictures, plan.batches(config.batch_size, 1, 0), plan))
+    return bare_epoch(WholeModel(model), new_head(bench, config), config, batches)
+
+
+def decoded(pictures: PictureSamples, parts: list[np.ndarray], plan: Any) -> Iterator[Batch]:
+    for part in parts:
+        yield pictures.batch(part, plan)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--fine-tune", type=int, choices=(0, 1), default=1, help="0: leave those rows out")
+    parser.add_argument("--workspace", help="where samples and features go; default: a temporary folder")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    connect()
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = prepare_bench(os.path.abspath(arguments.data), os.path.abspath(arguments.workspace or scratch))
+        found = {"frozen_bare": frozen_seconds(bench, arguments.epochs)}
+        for workers, name in ((1, "frozen_trainer"), (2, "frozen_trainer_2")):
+            seconds = trained(bench, workers, arguments.epochs, 0, "fp32")
+            found[name] = statistics.median(seconds[1:])
+        if arguments.fine_tune:
+            found["tuned_bare"] = fine_tuned_seconds(bench)
+            found["tuned_trainer"] = trained(bench, 1, 2, 1, "bf16")[-1]
+    for name, value in found.items():
+        print(f"{name:20}{value:10.2f} s an epoch of {len(bench.everything):,} samples")
+    ratios = {"trainer_over_bare": found["frozen_trainer"] / found["frozen_bare"]}
+    ratios["speedup_2_workers"] = found["frozen_trainer"] / found["frozen_trainer_2"]
+    if arguments.fine_tune:
+        ratios["trainer_over_bare_fine_tuning"] = found["tuned_trainer"] / found["tuned_bare"]
+    report: dict[str, Any] = {name: round(value, 3) for name, value in {**found, **ratios}.items()}
+    report |= {"commit": versions.commit(os.path.dirname(__file__))}
+    print(json.dumps({**report, "machine": f"{os.cpu_count()} cores, {platform.machine()}"}))
+
+
+if __name__ == "__main__":
+    main()
