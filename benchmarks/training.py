@@ -43,13 +43,12 @@ from mixer_platform.train.pictures import PictureSamples
 def trained(bench: Bench, workers: int, epochs: int, fine_tune: int, precision: str) -> list[float]:
     """Run the train job; return the seconds of each epoch."""
     overrides = {
-        "train.epochs": epochs,
+        "train.epochs": epochs + workers,  # or the run of another number of workers would be taken for this one
         "train.fine_tune.epochs": fine_tune,
         "train.precision": precision,
         "train.workers": workers,
-        "train.cpus_per_worker": 1,
+        "train.cpus_per_worker": 0.5,  # of what Ray gives out; a worker has one thread
         "train.holdout": 0,
-        "train.seed": 1000 + workers,  # no run of before is found again
     }
     paths = [f"data={bench.config.data}", f"workspace={bench.config.workspace}"]
     report = train(load_config(CONFIG, paths + [f"{key}={value}" for key, value in overrides.items()]))
