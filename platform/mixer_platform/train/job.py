@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -94,6 +95,8 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def _fit(job: dict[str, Any], config: RunConfig) -> None:
+    # Workers that report wait until they are asked again; every two seconds, as it comes, is longer than a short epoch.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
     resources = {"CPU": config.train.cpus_per_worker}
     if config.train.gpus_per_worker:
         resources["GPU"] = config.train.gpus_per_worker
