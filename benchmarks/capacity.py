@@ -23,13 +23,13 @@ import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
+from softmax import CHUNK, classifier_bytes
 
 from mixer.row_adam import RowAdam
 from mixer.softmax import ShardedMarginSoftmax, fixed_scale
 from mixer.targets import Targets
 from mixer_platform import versions
 
-CHUNK = 8192  # classes whose logits exist at once
 NAMED = 8  # classes that a sample names, on average
 SPARE = 0.85  # share of memory that is planned with
 CODE = 64 + 8 + 8  # bytes a vector in an index: 128 codes of 4 bits, its id, and its share of lists
@@ -77,11 +77,8 @@ class Run:
 
     def memory(self, workers: int) -> float:
         """Return the bytes of a worker: its classes, those drawn, a chunk of logits, and the towers."""
-        owned = self.classes / workers
-        drawn = 0 if self.rate == 1 else self.rate * owned
-        classes = owned * (8 * self.dim + 8) + 17 / 16 * drawn * (8 * self.dim + 40)
-        logits = 12 * CHUNK * (self.batch * workers + self.dim)
-        return classes + logits + 16 * self.parameters + self.activations * self.batch
+        classes = classifier_bytes(self.classes / workers, self.rate, self.batch * workers, self.dim)
+        return classes + 16 * self.parameters + self.activations * self.batch
 
     def network(self, workers: int) -> float:
         """Return the bytes that a worker receives in a step; a ring passes what is summed twice."""

@@ -36,6 +36,7 @@ from mixer.targets import Targets
 from mixer_platform import versions
 
 BATCH, MARGIN, LR, DECAY = 128, 0.3, 1e-2, 1e-4
+CHUNK = 8192  # classes whose logits exist at once
 DENSE_MOST = 3e8  # numbers in the weight of a reference: it holds three such tensors and more
 Step = Callable[[int], None]
 
@@ -55,7 +56,13 @@ class Case:
 def mixer(case: Case, precision: Any) -> Step:
     """The product's softmax and optimizer."""
     head = ShardedMarginSoftmax(
-        case.dim, case.classes, MARGIN, fixed_scale(case.classes), rate=case.rate, precision=precision
+        case.dim,
+        case.classes,
+        MARGIN,
+        fixed_scale(case.classes),
+        rate=case.rate,
+        precision=precision,
+        chunk=CHUNK,
     )
     head.weight.normal_(0, 0.01)
     head.optimizer = RowAdam(head.weight, LR, DECAY)
@@ -121,11 +128,13 @@ def batch(case: Case, number: int, rank: int) -> tuple[Tensor, Tensor]:
     return embeddings.requires_grad_(), torch.randint(case.classes, (len(embeddings),), generator=generator)
 
 
-def formula(case: Case) -> float:
-    """Return the bytes of a worker beside what Python and its libraries take; see docs/scaling.md."""
-    owned, chunk = -(-case.classes // case.workers), 8192
-    drawn = 0 if case.rate == 1 else case.rate * owned + BATCH
-    return owned * (8 * case.dim + 8) + 17 / 16 * drawn * (8 * case.dim + 40) + chunk * 12 * (BATCH + case.dim)
+def classifier_bytes(owned: float, rate: float, samples: float, dim: int) -> float:
+    """Return the bytes of a worker that owns so many classes, beside Python and its libraries; see docs/scaling.md.
+
+    `samples` are those of all workers.
+    """
+    drawn = 0 if rate == 1 else rate * owned + samples
+    return owned * (8 * dim + 8) + 17 / 16 * drawn * (8 * dim + 40) + CHUNK * 12 * (samples + dim)
 
 
 def status(name: str) -> int:
@@ -166,10 +175,11 @@ def measure(case: Case) -> dict[str, float]:
             with open(f"{folder}/{rank}.json") as file:
                 ranks.append(json.load(file))
     largest = max(ranks, key=lambda found: found["peak"])
+    expected = classifier_bytes(-(-case.classes // case.workers), case.rate, BATCH, case.dim)
     return {
         "seconds": ranks[0]["seconds"],
         "gb": largest["peak"] / 1e9,
-        "over_formula": largest["peak"] / (largest["before"] + formula(case)) if "mixer" in case.method else 0.0,
+        "over_formula": largest["peak"] / (largest["before"] + expected) if "mixer" in case.method else 0.0,
     }
 
 

@@ -44,7 +44,7 @@ class Checkpoints:
         return json.loads(self._patiently(self.storage.read, max(states))) if states else None
 
     def sweep(self) -> None:
-        """Delete what interrupted runs wrote of checkpoints that never became visible."""
+        """Delete what interrupted runs wrote of checkpoints that never became visible; once no worker writes."""
         keys = self._patiently(self.storage.list, self.folder)
         names = {key.removeprefix(f"{self.folder}/").partition("/")[0] for key in keys}
         for name in sorted(names):

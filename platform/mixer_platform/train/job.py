@@ -77,6 +77,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     cached = time.monotonic()
     _fit(job, config)
     checkpoints = Checkpoints(storage, run)
+    checkpoints.sweep()
     state = checkpoints.latest()
     assert state is not None, "Ray Train returned without error, so the last epoch is written"
     report = {
@@ -96,7 +97,8 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 def _fit(job: dict[str, Any], config: RunConfig) -> None:
     # Workers that report wait until they are asked again; every two seconds, as it comes, is longer than a short epoch.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    # Many workers take a while to ask.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(min(2.0, max(0.1, config.train.workers / 100))))
     resources = {"CPU": config.train.cpus_per_worker}
     if config.train.gpus_per_worker:
         resources["GPU"] = config.train.gpus_per_worker

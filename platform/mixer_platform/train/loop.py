@@ -107,10 +107,7 @@ def made_ahead(make: Callable[[np.ndarray], Batch], parts: list[np.ndarray]) -> 
 
 def newest(checkpoints: Checkpoints, rank: int) -> dict[str, Any]:
     """Return where the run goes on; one worker looks, so that all go on from the same."""
-    found: list[dict[str, Any] | None] = [None]
-    if rank == 0:
-        checkpoints.sweep()
-        found = [checkpoints.latest()]
+    found = [checkpoints.latest() if rank == 0 else None]
     dist.broadcast_object_list(found)
     return found[0] or {"epoch": 0, "batches": 0, "history": []}
 
