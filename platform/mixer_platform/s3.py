@@ -2,19 +2,44 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import boto3
+import botocore.session
 import pyarrow.fs
-from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
+from boto3.exceptions import Boto3Error
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    IncompleteReadError,
+    ParamValidationError,
+    ReadTimeoutError,
+    ResponseStreamingError,
+)
+from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
 
 from mixer_platform.errors import MissingError, StorageError, published_already
 
+_ATTEMPTS = 8  # of a request, over some 3 seconds; over half a minute where the store asks to slow down
+_ARROW_ATTEMPTS = 5  # its waits are longer
+_CUT = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)  # what reading half a body raises
+_FAILED = (ClientError, BotoCoreError, Boto3Error, RetriesExceededError, S3DownloadFailedError)
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP}
+
 
 class S3Storage:
-    """A workspace under `s3://bucket/prefix`; endpoint, region and credentials are found the standard AWS way."""
+    """A workspace under `s3://bucket/prefix`; endpoint, region and credentials are found the standard AWS way.
+
+    Requests that fail for a while are tried again, `max_attempts` times in all where the AWS settings have it.
+    """
 
     def __init__(self, uri: str, check: bool = True) -> None:
         self.bucket, _, prefix = uri.removeprefix("s3://").partition("/")  # urlsplit would cut it at a # or ?
@@ -25,10 +50,15 @@ class S3Storage:
             self._check_bucket()
 
     def _connect(self) -> None:
-        self.client = boto3.client("s3")
-        endpoint = self.client.meta.endpoint_url
+        self.attempts = botocore.session.Session().get_config_variable("max_attempts") or _ATTEMPTS
+        retries = {"mode": "standard", "total_max_attempts": self.attempts}
+        self.client = boto3.client("s3", config=Config(retries=retries, connect_timeout=5, read_timeout=30))
         # Arrow finds credentials by the same chain, but of the endpoint settings it reads only some.
-        self.filesystem = pyarrow.fs.S3FileSystem(endpoint_override=endpoint, region=self.client.meta.region_name)
+        self.filesystem = pyarrow.fs.S3FileSystem(
+            endpoint_override=self.client.meta.endpoint_url,
+            region=self.client.meta.region_name,
+            retry_strategy=pyarrow.fs.AwsStandardS3RetryStrategy(max_attempts=min(self.attempts, _ARROW_ATTEMPTS)),
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {"bucket": self.bucket, "prefix": self.prefix, "uri": self.uri}
@@ -42,16 +72,34 @@ class S3Storage:
 
     def read(self, key: str) -> bytes:
         with self._explained(key):
-            return self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+            left = self.attempts
+            while True:
+                body = self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"]
+                left -= 1
+                try:
+                    return body.read()
+                except _CUT:  # the client tries again only what fails before the body
+                    if not left:
+                        raise
 
     def write(self, key: str, data: bytes) -> None:
         with self._explained(key):
             self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
 
+    def upload(self, key: str, path: Path) -> None:
+        with local_errors(str(path)), self._explained(key):
+            self.client.upload_file(str(path), self.bucket, self._key(key))
+
+    def download(self, key: str, path: Path) -> None:
+        with local_errors(str(path)), self._explained(key), staged(path) as file:
+            self.client.download_fileobj(self.bucket, self._key(key), file)
+
+    def modified(self, prefix: str) -> float | None:
+        return max((entry["LastModified"].timestamp() for entry in self._entries(prefix)), default=None)
+
     def list(self, prefix: str) -> dict[str, str]:
         skip = len(self.prefix) + 1 if self.prefix else 0
-        pages = self._pages(prefix)
-        return {entry["Key"][skip:]: entry["ETag"] for page in pages for entry in page.get("Contents", [])}
+        return {entry["Key"][skip:]: entry["ETag"] for entry in self._entries(prefix)}
 
     def folders(self, prefix: str) -> Sequence[str]:
         pages = self._pages(prefix, Delimiter="/")
@@ -72,14 +120,29 @@ class S3Storage:
             try:
                 self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data, **condition)
             except ClientError as error:
-                if error.response["Error"]["Code"] in {"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"}:
+                conflicts = {"PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"}
+                if error.response["Error"]["Code"] not in conflicts:
+                    raise
+                # Where the answer to a put was lost, the next attempt meets what it wrote. The same bytes are ours:
+                # a manifest names its run, and whoever points to the same version agrees with us.
+                retried = error.response["ResponseMetadata"]["RetryAttempts"]
+                if not (retried and self._holds(key, data)):
                     raise published_already(f"{self.uri}/{key}") from error
-                raise
 
     def delete(self, prefix: str) -> None:
         with self._explained(prefix):
             for key in self.list(prefix):
                 self.client.delete_object(Bucket=self.bucket, Key=self._key(key))
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        try:
+            return self.read(key) == data
+        except MissingError:
+            return False
+
+    def _entries(self, prefix: str) -> Iterator[dict[str, Any]]:
+        for page in self._pages(prefix):
+            yield from page.get("Contents", [])
 
     def _pages(self, prefix: str, **settings: str) -> Iterator[dict[str, Any]]:
         folder = self._key(prefix).rstrip("/") + "/" if self._key(prefix) else ""
@@ -104,9 +167,39 @@ class S3Storage:
     def _explained(self, key: str) -> Iterator[None]:
         try:
             yield
-        except (ClientError, BotoCoreError) as error:
+        except _FAILED as error:
             kind = MissingError if _is_missing(error) else StorageError
-            raise kind(f"{self.uri}/{key}: {' '.join(str(error).split())}") from error
+            reason = getattr(error, "last_exception", error)  # where transfers gave up
+            raise kind(f"{self.uri}/{key}: {' '.join(str(reason).split())}") from error
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[BinaryIO]:
+    """Give a file to write, which becomes `target` whole once it is on the disk, or not at all. Raises OSError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=".staged-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # the rename must not become durable before the bytes
+        os.chmod(name, 0o644)  # mkstemp makes it private
+        os.replace(name, target)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+@contextmanager
+def local_errors(address: str) -> Iterator[None]:
+    """Turn what this machine's file system says into a MissingError or a StorageError with the address."""
+    try:
+        yield
+    except ValueError as error:  # a name with a null byte
+        raise MissingError(f"{address!r}: {error}") from error
+    except OSError as error:
+        kind = MissingError if error.errno in _NOT_THERE else StorageError
+        mend = "; free some and run again" if error.errno in _FULL else ""
+        raise kind(f"{address}: {error.strerror or error}{mend}") from error
 
 
 def _is_missing(error: Exception) -> bool:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
 import re
-import tempfile
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
 import pyarrow.fs
 
-from mixer_platform.errors import MissingError, StorageError, published_already
-from mixer_platform.s3 import S3Storage
+from mixer_platform.errors import MissingError, published_already
+from mixer_platform.s3 import S3Storage, local_errors, staged
 
-_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP}
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+://")
 
 
@@ -37,6 +35,18 @@ class Storage(Protocol):
 
     def write(self, key: str, data: bytes) -> None:
         """Write `key` whole: a reader sees the old bytes or the new, never a part."""
+
+    def upload(self, key: str, path: Path) -> None:
+        """Copy the local file `path` to `key`, whole or not at all."""
+
+    def download(self, key: str, path: Path) -> None:
+        """Copy `key` to the local file `path`, whole or not at all."""
+
+    def modified(self, prefix: str) -> float | None:
+        """Return when the newest key below the folder `prefix` was written, in seconds since the epoch.
+
+        Files that are still being written count. None if there are none.
+        """
 
     def list(self, prefix: str) -> dict[str, str]:
         """Return every key below the folder `prefix`, with a tag that changes when its content does."""
@@ -99,12 +109,26 @@ class LocalStorage:
         return str(self.root / key)
 
     def read(self, key: str) -> bytes:
-        with self._explained(key):
+        with local_errors(self.path(key)):
             return (self.root / key).read_bytes()
 
     def write(self, key: str, data: bytes) -> None:
-        with self._explained(key), self._staged(key, data) as staged:
-            os.replace(staged, self.root / key)
+        with local_errors(self.path(key)), staged(self.root / key) as file:
+            file.write(data)
+
+    def upload(self, key: str, path: Path) -> None:
+        _copy(path, self.root / key)
+
+    def download(self, key: str, path: Path) -> None:
+        _copy(self.root / key, path)
+
+    def modified(self, prefix: str) -> float | None:
+        times = []
+        for folder, _, names in os.walk(self.root / prefix):
+            for name in names:
+                with suppress(FileNotFoundError):  # it was being written, and now has its name
+                    times.append(os.stat(os.path.join(folder, name)).st_mtime)
+        return max(times, default=None)
 
     def list(self, prefix: str) -> dict[str, str]:
         folder = self.root / prefix
@@ -120,29 +144,20 @@ class LocalStorage:
         return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
     def publish(self, key: str, data: bytes, replaces: str | None) -> None:
-        with self._explained(key), self._locked(key), self._staged(key, data) as staged:
+        with local_errors(self.path(key)), self._locked(key), staged(self.root / key) as file:
             if self.tag(key) != replaces:
                 raise published_already(self.path(key))
-            os.replace(staged, self.root / key)
+            file.write(data)
 
     def delete(self, prefix: str) -> None:
         for key in self.list(prefix):
             (self.root / key).unlink(missing_ok=True)
-
-    @contextmanager
-    def _staged(self, key: str, data: bytes) -> Iterator[str]:
-        target = self.root / key
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, staged = tempfile.mkstemp(dir=target.parent, prefix=".staged-")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())  # the rename must not become durable before the bytes
-            os.chmod(staged, 0o644)  # mkstemp makes it private
-            yield staged
-        finally:
-            Path(staged).unlink(missing_ok=True)
+        # What is left is nobody's: locks, what a killed run had staged, and folders.
+        for path in sorted((self.root / prefix).rglob("*"), reverse=True):
+            with suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
+        with suppress(OSError):
+            (self.root / prefix).rmdir()
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:
@@ -153,15 +168,10 @@ class LocalStorage:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    @contextmanager
-    def _explained(self, key: str) -> Iterator[None]:
-        try:
-            yield
-        except ValueError as error:  # a name with a null byte
-            raise MissingError(f"{key!r}: {error}") from error
-        except OSError as error:
-            kind = MissingError if error.errno in _NOT_THERE else StorageError
-            raise kind(f"{self.path(key)}: {error.strerror or error}") from error
+
+def _copy(source: Path, target: Path) -> None:
+    with local_errors(str(source)), source.open("rb") as file, local_errors(str(target)), staged(target) as copy:
+        shutil.copyfileobj(file, copy)
 
 
 def _not_read(uri: str) -> MissingError:

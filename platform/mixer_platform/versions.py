@@ -90,7 +90,7 @@ def fetch(storage: Storage, prefix: str, destination: str | Path, names: Iterabl
             continue
         target = Path(destination) / key
         if not target.exists():
-            LocalStorage(str(target.parent)).write(target.name, storage.read(key))
+            storage.download(key, target)
     return Path(destination) / prefix
 
 
@@ -98,7 +98,7 @@ def upload(storage: Storage, folder: Path, prefix: str) -> None:
     """Copy every file of a local folder below `prefix`."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
-            storage.write(f"{prefix}/{path.relative_to(folder)}", path.read_bytes())
+            storage.upload(f"{prefix}/{path.relative_to(folder)}", path)
 
 
 def to_json(content: Mapping[str, Any]) -> bytes:

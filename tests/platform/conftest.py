@@ -11,6 +11,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from mixer_platform.storage import Storage, open_storage
+from tests.platform.flaky import Flaky
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +33,14 @@ def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     bucket = f"bucket-{uuid.uuid4().hex[:12]}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     return bucket
+
+
+@pytest.fixture
+def flaky(s3: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
+    """What stands between storage that is opened from here on and the bucket."""
+    with Flaky(s3_endpoint.removeprefix("http://")) as flaky:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{flaky.address}")
+        yield flaky
 
 
 @pytest.fixture(params=["folder", "s3", "whole bucket"])

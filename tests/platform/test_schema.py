@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from mixer_platform.errors import InputError
-from mixer_platform.index.embed import STATE
+from mixer_platform.index.embeddings import STATE
 from mixer_platform.inputs import RAW, REASON
 from mixer_platform.schema import ITEMS, LOGS, QUERIES, RESERVED, TRUTH, broken_rows, check_schema, conform
 

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import pickle
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import boto3
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from mixer_platform.errors import ConflictError, MissingError, StorageError
 from mixer_platform.storage import LocalStorage, Storage, open_storage, read_uri, resolve_uri
+from tests.platform.flaky import Fault, Flaky
+
+ROOT = Path(__file__).parents[2]
+BIG = 2**23  # bytes from which on S3 gets a file in parts
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A file that S3 gets in parts."""
+    path = tmp_path / "source"
+    path.write_bytes(np.random.default_rng(0).bytes(2 * BIG))
+    return path
 
 
 def test_what_is_written_is_read(storage: Storage) -> None:
@@ -124,18 +144,99 @@ def test_no_half_written_file_is_seen(storage: Storage) -> None:
     writer.join()
 
 
-def test_a_failed_write_leaves_the_old_bytes_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_travel_whole(storage: Storage, tmp_path: Path) -> None:
+    source, copy = tmp_path / "source", tmp_path / "new/folder/copy"
+    for data in (b"", b"some", np.random.default_rng(0).bytes(2 * BIG + 1)):
+        source.write_bytes(data)
+        storage.upload("a/b.bin", source)
+        assert storage.read("a/b.bin") == data
+        storage.download("a/b.bin", copy)
+        assert copy.read_bytes() == data
+    assert list(storage.list("")) == ["a/b.bin"]
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_of_files_that_are_not_there_nothing_is_left(storage: Storage, tmp_path: Path) -> None:
+    none, copy = tmp_path / "none", tmp_path / "folder/copy"
+    with pytest.raises(MissingError, match=f"^{none}: No such file or directory$"):
+        storage.upload("a/b.bin", none)
+    assert storage.list("") == {}
+    with pytest.raises(MissingError, match=f"^{storage.uri}/a/b.bin: "):
+        storage.download("a/b.bin", copy)
+    assert not copy.parent.exists() or not list(copy.parent.iterdir())
+
+
+def test_a_folder_is_as_old_as_its_newest_key(storage: Storage) -> None:
+    assert storage.modified("a") is None
+    for key in ("a/1", "a/b/2", "ab/3"):
+        storage.write(key, b"")
+    whole = storage.modified("")
+    assert whole is not None
+    assert storage.modified("a") <= whole
+    assert storage.modified("ab") <= whole
+    assert abs(whole - datetime.now(UTC).timestamp()) < 60
+
+
+def test_what_is_being_written_counts_as_new(tmp_path: Path) -> None:
     storage = LocalStorage(str(tmp_path))
-    storage.write("key", b"old")
+    storage.write("a/b/key", b"")
+    os.utime(tmp_path / "a/b/key", (1, 1))
+    assert storage.modified("a") == 1
+    (tmp_path / "a/b/.staged-x").touch()
+    os.utime(tmp_path / "a/b/.staged-x", (2, 2))
+    assert storage.modified("a") == 2
 
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(StorageError, match=r"/key: No space left on device$"):
-        storage.write("key", b"new")
-    assert storage.read("key") == b"old"
-    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+SMALL_DISK = ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=1m none "$0" && exec "$@"']
+SMALL_FILES = ["sh", "-c", 'ulimit -f 1000 && exec "$@"']
+FILL = """
+import json, sys
+from pathlib import Path
+from mixer_platform.errors import StorageError
+from mixer_platform.storage import open_storage
+
+small, *others = map(open_storage, sys.argv[1:3] + [sys.argv[4]])
+source, target, data = Path(sys.argv[3]), small.root / "f/key", Path(sys.argv[3]).read_bytes()
+small.write("f/key", b"old")
+said = []
+for action in (
+    lambda: small.write("f/key", data),
+    lambda: small.upload("f/key", source),
+    lambda: small.publish("f/key", data, small.tag("f/key")),
+    *(lambda other=other: other.download("big", target) for other in others),
+):
+    try:
+        action()
+    except StorageError as error:
+        said.append(str(error))
+print(json.dumps([said, target.read_text(), sorted(path.name for path in target.parent.iterdir())]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [
+        (SMALL_DISK, "No space left on device; free some and run again"),
+        (SMALL_FILES, "File too large"),
+    ],
+    ids=["small disk", "small files"],
+)
+def test_a_full_disk_leaves_the_old_bytes_and_no_litter(
+    s3: str, source: Path, tmp_path: Path, limit: list[str], reason: str
+) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run([*limit, small, "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("this machine lets no user mount a disk of its own")
+    others = [open_storage(str(tmp_path)), open_storage(f"s3://{s3}")]
+    for other in others:
+        other.upload("big", source)
+    program = [sys.executable, "-c", FILL, small, others[0].uri, source, others[1].uri]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "platform")}
+    done = subprocess.run([*limit, small, *program], env=environment, stdout=subprocess.PIPE, check=True)
+    said, kept, names = json.loads(done.stdout)
+    assert said == [f"{small}/f/key: {reason}"] * 5
+    assert (kept, names) == ("old", [".key.lock", "key"])
 
 
 def test_arrow_reads_what_storage_wrote_and_the_reverse(storage: Storage) -> None:
@@ -176,7 +277,7 @@ def test_any_character_may_stand_in_a_prefix(s3: str) -> None:
 
 def test_pictures_of_many_folders_share_one_client(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, made, client = open_storage(f"s3://{s3}"), [], boto3.client
-    monkeypatch.setattr(boto3, "client", lambda name: made.append(name) or client(name))
+    monkeypatch.setattr(boto3, "client", lambda name, **settings: made.append(name) or client(name, **settings))
     for n in range(5):
         storage.write(f"pictures/{n}/p.png", b"bytes")
         assert read_uri(f"s3://{s3}/pictures/{n}/p.png") == b"bytes"
@@ -222,3 +323,128 @@ def test_a_picture_that_is_not_there_is_told_from_storage_that_is_away(
     with pytest.raises(StorageError) as away:
         read_uri("s3://not-read-before/p.png")
     assert not isinstance(away.value, MissingError)
+
+
+READS: dict[str, Callable[[Storage, Path], object]] = {
+    "read": lambda storage, path: storage.read("f/key"),
+    "download": lambda storage, path: (storage.download("f/key", path), path.read_bytes())[1],
+    "arrow": lambda storage, path: storage.filesystem.open_input_file(storage.path("f/key")).read(),
+}
+WRITES: dict[str, Callable[[Storage, Path], object]] = {
+    "write": lambda storage, path: storage.write("f/key", path.read_bytes()),
+    "upload": lambda storage, path: storage.upload("f/key", path),
+    "publish": lambda storage, path: storage.publish("f/key", path.read_bytes(), storage.tag("f/key")),
+}
+
+
+@pytest.fixture
+def bucket(flaky: Flaky, s3: str) -> Storage:
+    """A workspace behind a flaky port."""
+    return open_storage(f"s3://{s3}/work")
+
+
+@pytest.mark.parametrize("fault", ["unavailable", "cut"])
+@pytest.mark.parametrize("read", READS)
+def test_reading_rides_out_faults(
+    bucket: Storage, flaky: Flaky, source: Path, tmp_path: Path, read: str, fault: Fault
+) -> None:
+    bucket.upload("f/key", source)
+    flaky.fail(fault, 3, "GET")
+    assert READS[read](bucket, tmp_path / "copy") == source.read_bytes()
+    assert flaky.failed == 3
+
+
+@pytest.mark.parametrize("fault", ["unavailable", "cut", "lost"])
+def test_looking_rides_out_faults(bucket: Storage, flaky: Flaky, fault: Fault) -> None:
+    bucket.write("f/key", b"bytes")
+    looks = [lambda: list(bucket.list("")), lambda: bucket.folders(""), lambda: bucket.modified("f")]
+    for look in looks:
+        expected = look()
+        flaky.fail(fault, 3, "GET")
+        assert look() == expected
+        assert flaky.failed == 3
+    tag = bucket.tag("f/key")
+    flaky.fail("unavailable", 3, "HEAD")
+    assert bucket.tag("f/key") == tag
+
+
+@pytest.mark.parametrize("fault", ["unavailable", "lost"])
+@pytest.mark.parametrize("write", WRITES)
+def test_writing_rides_out_faults(bucket: Storage, flaky: Flaky, source: Path, write: str, fault: Fault) -> None:
+    for _ in range(2):  # a new key, and an old one
+        flaky.fail(fault, 3, "PUT|POST")
+        WRITES[write](bucket, source)
+        assert flaky.failed == 3
+        assert bucket.read("f/key") == source.read_bytes()
+        source.write_bytes(source.read_bytes()[::-1])
+
+
+def test_the_answer_that_a_large_file_is_whole_may_be_lost(bucket: Storage, flaky: Flaky, source: Path) -> None:
+    flaky.fail("lost", 1, r"POST .*uploadId")
+    bucket.upload("f/key", source)
+    assert flaky.failed == 1
+    assert bucket.read("f/key") == source.read_bytes()
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_lost_answer_hides_no_conflict(bucket: Storage, flaky: Flaky, replaces: bool) -> None:
+    """The second to publish is told so, also when it does not get to hear the answer."""
+    tag = None
+    if replaces:
+        bucket.write("CURRENT", b"0")
+        tag = bucket.tag("CURRENT")
+    bucket.publish("CURRENT", b"1", tag)
+    flaky.fail("lost", 2, "PUT")
+    with pytest.raises(ConflictError):
+        bucket.publish("CURRENT", b"2", tag)
+    assert flaky.failed == 2
+    assert bucket.read("CURRENT") == b"1"
+
+
+@pytest.mark.parametrize("fault", ["unavailable", "cut", "lost"])
+@pytest.mark.parametrize("read", ["read", "download"])
+def test_reading_ends_where_faults_do_not(
+    bucket: Storage,
+    flaky: Flaky,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    read: str,
+    fault: Fault,
+) -> None:
+    bucket.upload("f/key", source)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    impatient = open_storage(bucket.uri)
+    flaky.fail(fault, math.inf, "GET")
+    with pytest.raises(StorageError, match=f"^{bucket.uri}/f/key: [^\n]*$") as error:
+        READS[read](impatient, tmp_path / "folder/copy")
+    assert not isinstance(error.value, MissingError)
+    assert not list(tmp_path.glob("folder/*"))
+
+
+@pytest.mark.parametrize(
+    ("write", "fault", "requests"),
+    [
+        *((write, "unavailable", "PUT|POST") for write in WRITES),
+        *((write, "lost", "PUT") for write in WRITES),
+        ("upload", "unavailable", "PUT .*partNumber=2"),
+        ("upload", "unavailable", "POST .*uploadId"),
+    ],
+)
+def test_writing_ends_where_faults_do_not(
+    bucket: Storage,
+    flaky: Flaky,
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write: str,
+    fault: Fault,
+    requests: str,
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    impatient = open_storage(bucket.uri)
+    flaky.fail(fault, math.inf, requests)
+    with pytest.raises(StorageError, match=f"^{bucket.uri}/f/key: [^\n]*$") as error:
+        WRITES[write](impatient, source)
+    assert not isinstance(error.value, ConflictError)
+    whole = fault == "lost" and write != "upload"  # what has no parts
+    assert list(bucket.list("")) == ["f/key"] * whole
