@@ -212,11 +212,11 @@ def fine_tuned(bench: Bench, seed: int, epochs: int) -> tuple[np.ndarray, float]
         for row in read_input(find_input(config.data, ITEMS)).iter_rows():
             text = item_text(row.get("title"), row.get("description"))
             try:
-                picture = decode(read_uri(row[IMAGE])) if row[IMAGE] else None
+                pixels = items.preprocess(decode(read_uri(row[IMAGE]))) if row[IMAGE] else None
             except (UnreadableImage, MissingError):
-                picture = None
+                pixels = None
             if row["item_id"] in bench.item_ids:
-                gallery[row["item_id"]] = items([picture], [text])[0]
+                gallery[row["item_id"]] = items([pixels], [text])[0]
     embedded = torch.from_numpy(np.stack([gallery[item] for item in bench.item_ids]))
     return hits_of(bench.item_ids, bench.relevant, photos @ embedded.T), model["seconds"]
 

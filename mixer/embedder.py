@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mixer.images import ImagePreprocess
 from mixer.tokenizer import Tokenizer
@@ -89,15 +87,14 @@ class ItemEmbedder:
         self.preprocess, self.dim = self._graph.preprocess, self._graph.dim
         self._tokenizer = Tokenizer(Path(folder) / TOKENIZER, self._graph.max_tokens)
 
-    def __call__(self, images: Sequence[Image.Image | None], texts: Sequence[str | None]) -> np.ndarray:
-        """Embed n items into float32 [n, dim]; each has an image, a text or both."""
+    def __call__(self, pixels: Sequence[np.ndarray | None], texts: Sequence[str | None]) -> np.ndarray:
+        """Embed n items into float32 [n, dim]; each has preprocessed pixels uint8 [size, size, 3], a text or both."""
         size = self.preprocess.size
-        missing: Any = np.zeros((size, size, 3), np.uint8)
-        pixels = np.stack([missing if image is None else self.preprocess(image) for image in images])
+        missing = np.zeros((size, size, 3), np.uint8)
         token_ids, token_mask = self._tokenizer(texts)
         return self._graph.run(
-            pixels=pixels,
-            has_image=np.array([image is not None for image in images]),
+            pixels=np.stack([missing if each is None else each for each in pixels]),
+            has_image=np.array([each is not None for each in pixels]),
             token_ids=token_ids,
             token_mask=token_mask,
         )

@@ -8,10 +8,11 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 import ray
+import ray.data
 from ray._private.utils import get_ray_address_file, read_ray_address  # private, but Ray has no other way to ask
 from ray._raylet import GcsClient
 from ray.exceptions import AuthenticationError, RayError
@@ -19,9 +20,13 @@ from ray.exceptions import AuthenticationError, RayError
 from mixer_platform.config import RunConfig, load_config
 from mixer_platform.errors import MixerError
 
+Job = Callable[[RunConfig], Mapping[str, Any]]
 
-def main(job: Callable[[RunConfig], Mapping[str, Any]], description: str | None, on_ray: bool = True) -> RunConfig:
+
+def main(job: Job | Mapping[str, Job], description: str | None, on_ray: bool | Collection[str] = True) -> RunConfig:
     """Parse the command line, connect to Ray, run `job`, print its report as one JSON object; return the configuration.
+
+    Of several jobs by name the command line says which, by default the first; `on_ray` then names those that need Ray.
 
     Whatever else is printed, also after this returns, goes to stderr. Exit status: 0 done, 1 a MixerError, 2 a wrong
     configuration.
@@ -30,11 +35,19 @@ def main(job: Callable[[RunConfig], Mapping[str, Any]], description: str | None,
     parser.add_argument("--config", required=True, help="YAML of the run, such as jobs/configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.epochs=3")
     arguments = parser.parse_intermixed_args()
+    overrides = arguments.overrides
+    if isinstance(job, Mapping):
+        command = next((word for word in overrides if "=" not in word), next(iter(job)))
+        if command not in job:
+            parser.error(f"{command}: no such command; expected one of {', '.join(job)}")
+        overrides = [word for word in overrides if word != command]
+        on_ray = on_ray is True or (on_ray is not False and command in on_ray)
+        job = job[command]
     # For good: Ray prints what its workers said whenever it arrives, also after the report.
     stdout, sys.stdout = sys.stdout, sys.stderr
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, overrides)
         if on_ray:
             connect()
         report = job(config)
@@ -52,6 +65,7 @@ def connect() -> None:
 
     Raises MixerError if the cluster that RAY_ADDRESS or `ray start` named cannot be joined.
     """
+    ray.data.DataContext.get_current().raise_original_map_exception = True  # what it wraps it in loses a MixerError
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS", "")

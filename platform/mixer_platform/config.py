@@ -6,12 +6,13 @@ A wrong key or value is a ConfigError of one sentence: key, file and what was ex
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from mixer.config import MOST_SCALE, ModelConfig
 from mixer.labeling import LabelingConfig
@@ -19,7 +20,19 @@ from mixer_platform.errors import ConfigError
 from mixer_platform.simulate.config import SimulateConfig
 
 _TEXT: tuple[Any, ...] = (str, str | None)
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _NULLS = ("null", "Null", "NULL", "~")
+
+
+def _size(value: Any) -> Any:
+    """Read a number of bytes, such as 2G or 500M; anything else is left to be refused."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", value.strip(), re.IGNORECASE)
+    return int(float(found[1]) * _UNITS[found[2].upper()]) if found else value
+
+
+Size = Annotated[int, BeforeValidator(_size), Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -103,11 +116,21 @@ class TrainConfig(Section):
 class IndexConfig(Section):
     model: str = Field("latest", description="version of models/ to embed with")
     shards: int = Field(2, ge=1)
-    factory: str = Field("auto", description="FAISS factory string; auto: Flat, or IVF from 100,000 items")
-    nprobe: int = Field(16, ge=1, description="lists visited a query, if the index is an IVF")
+    recall_at_10: float = Field(
+        0.95, gt=0, le=1, description="wished share of the 10 nearest items that a search finds; less is not published"
+    )
+    memory: Size | None = Field(None, description="what vectors of all shards may take together, such as 2G; null: any")
+    latency_ms: float | None = Field(None, gt=0, description="what one query may take in a shard; null: any")
+    factory: str = Field("auto", description="FAISS factory string; auto: what fulfils the wishes fastest")
     recall_queries: int = Field(200, ge=1, description="queries on which recall@10 is measured against exact search")
     embedders: int = Field(1, ge=1, description="actors that embed items")
     batch_size: int = Field(32, ge=1)
+    partition_items: int = Field(20_000, ge=1, description="items embedded and written together; a kill costs no more")
+    changes: str | None = Field(None, description="update: folder with items, new or changed, and deleted (item_id)")
+    compact_above: float = Field(0.2, gt=0, description="update: share of updates above which it compacts too")
+    version: str = Field("current", description="publish, verify and describe: version of index/")
+    keep: int = Field(3, ge=1, description="gc: versions served last that stay")
+    grace_hours: float = Field(24, ge=0, description="gc: what is younger stays, for it may be in the making")
 
 
 class EvaluateConfig(Section):
@@ -142,6 +165,7 @@ class ServeConfig(Section):
     max_k: int = Field(1000, ge=1)
     max_photos: int = Field(64, ge=1, description="photos in one batch request")
     max_body_mb: float = Field(10, gt=0)
+    mapped: bool = Field(False, description="leave vectors on disk, mapped into memory as they are searched")
     max_queued: int = Field(256, ge=1, description="requests waiting before new ones get 503")
     keep_up: bool = Field(True, description="stay until interrupted, then stop serving; false: leave it to the cluster")
 

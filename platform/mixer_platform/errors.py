@@ -33,6 +33,10 @@ class VersionError(MixerError):
     """Two derived things do not belong together, such as an index and a model that did not write it."""
 
 
+class WishError(MixerError):
+    """No index reaches the recall, memory or latency that was asked for; nothing was published."""
+
+
 def published_already(address: str) -> ConflictError:
     """Return the error of a run that came second."""
     return ConflictError(f"{address}: somebody else published first; theirs stands, run again to build on it")

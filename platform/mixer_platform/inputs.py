@@ -51,11 +51,14 @@ class InputFiles:
 def find_input(data: str, table: Table) -> InputFiles:
     """Find `data/NAME.parquet|.jsonl[.gz]` or the files of `data/NAME/`. Raises InputError if there are none."""
     storage = _open_data(data)
-    single = {
-        f"{table.name}{ending}": tag for ending in _ENDINGS if (tag := storage.tag(f"{table.name}{ending}")) is not None
-    }
-    tags = single or {key: tag for key, tag in storage.list(table.name).items() if key.endswith(_ENDINGS)}
-    return _checked(table, storage, tags, f"{data}/{table.name}")
+    return _checked(table, storage, _table_tags(storage, table), f"{data}/{table.name}")
+
+
+def find_optional(data: str, table: Table) -> InputFiles | None:
+    """Find an input that may be absent. Raises InputError if it is there and cannot be used."""
+    storage = _open_data(data)
+    tags = _table_tags(storage, table)
+    return _checked(table, storage, tags, f"{data}/{table.name}") if tags else None
 
 
 def find_file(path: str, table: Table) -> InputFiles:
@@ -232,6 +235,12 @@ def _fits(value: Any, wanted: pa.DataType) -> bool:
     if pa.types.is_list(wanted):
         return isinstance(value, list) and all(isinstance(part, str) for part in value)
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _table_tags(storage: Storage, table: Table) -> dict[str, str]:
+    names = [f"{table.name}{ending}" for ending in _ENDINGS]
+    single = {name: tag for name in names if (tag := storage.tag(name)) is not None}
+    return single or {key: tag for key, tag in storage.list(table.name).items() if key.endswith(_ENDINGS)}
 
 
 def _open_data(data: str) -> Storage:

@@ -70,6 +70,7 @@ LOGS = Table(
     ),
     optional=pa.schema([("dwell_ms", pa.int64())]),
 )
+DELETED = Table("deleted", required=pa.schema([("item_id", pa.string())]))
 TRUTH = Table(
     "truth",
     required=pa.schema(

@@ -36,7 +36,8 @@ def test_items_are_preprocessed_tokenized_and_embedded(exported: tuple[MixerMode
     embedder = ItemEmbedder(folder)
     pictures = [picture(0), None, picture(1, 45, 100), picture(2)]
     texts = ["red apples", "fresh milk", None, ""]
-    found = embedder(pictures, texts)
+    prepared = [each and embedder.preprocess(each) for each in pictures]
+    found = embedder(prepared, texts)
     assert found.dtype == np.float32
     assert found.shape == (4, embedder.dim) == (4, 12)
     assert np.linalg.norm(found, axis=1) == pytest.approx(1.0, abs=1e-5)
@@ -48,7 +49,7 @@ def test_items_are_preprocessed_tokenized_and_embedded(exported: tuple[MixerMode
     expected = model.embed_items(torch.from_numpy(pixels), present, ids, mask)
     assert found == pytest.approx(expected.numpy(), abs=1e-4)
     for row in range(4):  # however they are batched
-        assert embedder(pictures[row : row + 1], texts[row : row + 1])[0] == pytest.approx(found[row], abs=1e-4)
+        assert embedder(prepared[row : row + 1], texts[row : row + 1])[0] == pytest.approx(found[row], abs=1e-4)
 
 
 def test_queries_need_neither_torch_nor_transformers_nor_ray(exported: tuple[MixerModel, Path], tmp_path: Path) -> None:

@@ -20,7 +20,10 @@ from mixer.embedder import QUERY_GRAPH, SETTINGS, QueryEmbedder
 from mixer.images import decode
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
-from mixer_platform.gallery import KIND, publish_current, sha256
+from mixer_platform.gallery import KIND, ShardEntry, publish_current
+from mixer_platform.index.embeddings import embedding_column
+from mixer_platform.index.segments import new_index, write_segment
+from mixer_platform.item_ids import assign_ids
 from mixer_platform.storage import open_storage
 
 SIZE, DIM, ITEMS, SHARDS = 16, 48, 60, 3
@@ -41,8 +44,8 @@ class Workspace:
         return Path(self.config.workspace) / "models" / MODEL
 
     def exact(self, query: np.ndarray, k: int) -> list[str]:
-        """Return the k nearest items of all, by one matrix product; equal scores by position."""
-        order = np.argsort(-(self.embeddings @ query), kind="stable")[:k]
+        """Return the k nearest items of all, by one matrix product; equal scores by smaller id."""
+        order = np.lexsort((assign_ids(self.item_ids, {}), -(self.embeddings @ query)))[:k]
         return [self.item_ids[row] for row in order]
 
     def embed(self, photo: bytes) -> np.ndarray:
@@ -84,12 +87,12 @@ def write_model(folder: Path, dim: int = DIM) -> None:
 
 def write_shard(folder: Path, name: str, ids: np.ndarray, item_ids: list[str], embeddings: np.ndarray) -> dict:
     """Write one shard and return its entry in the manifest."""
-    index = faiss.index_factory(DIM, "IDMap2,Flat", faiss.METRIC_INNER_PRODUCT)
-    index.add_with_ids(embeddings[ids], ids)
-    faiss.write_index(index, str(folder / f"{name}.faiss"))
+    hashed = assign_ids([item_ids[i] for i in ids], {})
+    order = np.argsort(hashed)
+    ids = ids[order]
     table = pa.table(
         {
-            "id": pa.array(ids, pa.int64()),
+            "id": hashed[order],
             "item_id": [item_ids[i] for i in ids],
             "title": [None if i == 1 else f"Item {i}" for i in ids],
             "description": [f"The item number {i}" if i % 2 else None for i in ids],
@@ -97,10 +100,9 @@ def write_shard(folder: Path, name: str, ids: np.ndarray, item_ids: list[str], e
             "price": pa.array([float("nan") if i == 2 else i / 2 for i in ids], pa.float64()),
         }
     )
-    with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-    files = {file: sha256(folder / file) for file in (f"{name}.faiss", f"{name}.arrow")}
-    return {"name": name, "count": len(ids), "files": files}
+    table = table.append_column("embedding", embedding_column(embeddings[ids]))
+    entry, _ = write_segment(folder, INDEX, name, faiss.serialize_index(new_index("Flat", DIM)), [table])
+    return ShardEntry(name=name, count=len(ids), segments=[entry]).model_dump()
 
 
 def make_workspace(root: Path, **serve: object) -> Workspace:
@@ -119,7 +121,7 @@ def make_workspace(root: Path, **serve: object) -> Workspace:
         "embeddings": "embeddings-a",
         "dim": DIM,
         "metric": "inner_product",
-        "factory": "IDMap2,Flat",
+        "factory": "Flat",
         "search": {},
         "shards": [
             write_shard(folder, f"shard-{n:05}", np.arange(n, ITEMS, SHARDS), item_ids, embeddings)

@@ -36,7 +36,7 @@ def client(workspace: Any) -> Iterator[TestClient]:
     encoder = serve.run(serve.deployment(QueryEncoder).bind(*arguments), _local_testing_mode=True)
     shards = {
         entry.name: serve.run(
-            serve.deployment(ShardSearch).bind(config.workspace, manifest.version, entry, manifest.search),
+            serve.deployment(ShardSearch).bind(config.workspace, entry, manifest.search, config.serve),
             _local_testing_mode=True,
         )
         for entry in manifest.shards

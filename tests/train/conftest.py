@@ -1,42 +1,18 @@
-"""Tiny encoders, saved as any transformers checkpoint is, and a handmade samples version to learn from."""
+"""A handmade samples version to learn from."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 
-from mixer.config import ModelConfig
 from mixer_platform import versions
 from mixer_platform.prepare.job import SAMPLES
 from mixer_platform.storage import open_storage
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *["red", "green", "blue", "round", "square", "thing", ",", "."]]
-
-
-@pytest.fixture(scope="session")
-def architecture(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    """A small model over a ViT of 32 pixels and a BERT of thirteen words, both untrained."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast, ViTConfig, ViTModel
-
-    folder = tmp_path_factory.mktemp("encoders")
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    torch.manual_seed(0)
-    ViTModel(ViTConfig(image_size=32, patch_size=16, **small)).save_pretrained(folder / "image")
-    processor = {"image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 32}}
-    processor |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    (folder / "image/preprocessor_config.json").write_text(json.dumps(processor))
-    BertModel(BertConfig(vocab_size=len(WORDS), max_position_embeddings=16, **small)).save_pretrained(folder / "text")
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "text")
-    encoders = {"image_encoder": str(folder / "image"), "text_encoder": str(folder / "text")}
-    return ModelConfig(**encoders, dim=8, concepts=2, concept_dim=8, heads=2, max_tokens=8)
 
 
 def make_workspace(parent: Path) -> Path:

@@ -28,7 +28,7 @@ from mixer_platform.evaluate.compare import compare
 from mixer_platform.evaluate.concepts import Fired, concepts_of, draw_concepts
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
 from mixer_platform.evaluate.embed import ITEM, PHOTO, PhotoWorker, export_untrained, picture_rows
-from mixer_platform.gallery import MISSING, IndexManifest, Shard, merge_top_k, read_manifest
+from mixer_platform.gallery import MISSING, IndexManifest, Shard, merge_top_k, read_manifest, segment_folders
 from mixer_platform.inputs import InputFiles, find_file, find_input, pictures_tag, read_input
 from mixer_platform.schema import ITEMS, TRUTH, Table
 from mixer_platform.storage import Storage, open_storage, read_uri, resolve_uri
@@ -116,8 +116,10 @@ def find_truth(config: RunConfig) -> InputFiles:
 def open_shards(storage: Storage, index: IndexManifest) -> list[Shard]:
     """Return the shards of a published index. Raises StorageError if a file is not as published."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = versions.fetch(storage, f"index/{index.version}", scratch)
-        return [Shard(folder, entry, index.search, threads=os.cpu_count() or 1) for entry in index.shards]
+        return [
+            Shard(segment_folders(storage, entry, scratch), entry, index.search, threads=os.cpu_count() or 1)
+            for entry in index.shards
+        ]
 
 
 def search_shards(shards: list[Shard], queries: np.ndarray, k: int) -> list[list[tuple[float, dict[str, Any]]]]:
@@ -135,7 +137,7 @@ def search_shards(shards: list[Shard], queries: np.ndarray, k: int) -> list[list
 
 def gallery_of(shards: list[Shard]) -> str:
     """Return what names the items of an index, whatever model embedded them."""
-    return versions.fingerprint(sorted(item for shard in shards for item in shard.rows["item_id"].to_pylist()))
+    return versions.fingerprint(sorted(item for shard in shards for item in shard.item_ids()))
 
 
 def measure(ranked: list[list[str]], relevant: list[set[str]], ks: tuple[int, ...]) -> dict[str, float]:

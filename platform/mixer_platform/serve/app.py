@@ -46,7 +46,7 @@ def application(config: RunConfig, manifest: IndexManifest) -> serve.Application
     encoder = _deployment(QueryEncoder, ENCODER, settings.encoder, ongoing, queued)
     shards = {
         entry.name: _deployment(ShardSearch, entry.name, settings.shard, ongoing, queued).bind(
-            workspace, manifest.version, entry, manifest.search
+            workspace, entry, manifest.search, settings
         )
         for entry in manifest.shards
     }
@@ -83,10 +83,13 @@ def _deployment(
 def _check(storage: Storage, manifest: IndexManifest) -> None:
     """Find what would stop every replica here, where it can be said in one sentence."""
     check_model(manifest, versions.require(storage, MODELS, manifest.model)["version"])
-    model, index = f"{MODELS}/{manifest.model}", f"{gallery.KIND}/{manifest.version}"
-    present = storage.list(model) | storage.list(index)
+    model = f"{MODELS}/{manifest.model}"
+    segments = [part for entry in manifest.shards for part in entry.segments]
+    present = storage.list(model)
+    for version in {part.version for part in segments}:
+        present |= storage.list(f"{gallery.KIND}/{version}")
     needed = [f"{model}/{name}" for name in (QUERY_GRAPH, SETTINGS)]
-    needed += [f"{index}/{name}" for entry in manifest.shards for name in entry.files]
+    needed += [f"{gallery.KIND}/{part.version}/{name}" for part in segments for name in part.files]
     for key in needed:
         if key not in present:
             raise StorageError(f"{storage.uri}/{key}: missing; copy it again, or publish that version again")

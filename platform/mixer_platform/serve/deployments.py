@@ -68,9 +68,11 @@ class QueryEncoder:
 class ShardSearch:
     """One shard of the index."""
 
-    def __init__(self, workspace: str, index: str, entry: ShardEntry, search: Mapping[str, int]) -> None:
-        folder = fetch(workspace, f"{gallery.KIND}/{index}", entry.files)
-        self._shard = Shard(folder, entry, dict(search))
+    def __init__(self, workspace: str, entry: ShardEntry, search: Mapping[str, int], config: ServeConfig) -> None:
+        folders = {
+            part.version: fetch(workspace, f"{gallery.KIND}/{part.version}", part.files) for part in entry.segments
+        }
+        self._shard = Shard(folders, entry, search, mapped=config.mapped)
         # OpenMP keeps its number of threads for each thread that calls it, so the searching thread must set its own.
         self._searcher = ThreadPoolExecutor(1, "search", initializer=faiss.omp_set_num_threads, initargs=(1,))
 
@@ -87,7 +89,7 @@ class ShardSearch:
         return True
 
     def _search(self, queries: np.ndarray, k: int) -> Found:
-        scores, ids = self._shard.search(queries, max(1, min(k, self._shard.index.ntotal)))
+        scores, ids = self._shard.search(queries, max(1, min(k, self._shard.count)))
         distinct = np.unique(ids[ids != MISSING])
         return Found(scores, ids, dict(zip(distinct.tolist(), self._shard.items(distinct), strict=True)))
 
@@ -123,5 +125,5 @@ def fetch(workspace: str, prefix: str, names: Iterable[str]) -> Path:
     folder = cache / versions.fingerprint(storage.uri, prefix, manifest)
     for name in names:
         if not (folder / name).exists():
-            LocalStorage(str(folder)).write(name, storage.read(f"{prefix}/{name}"))
+            storage.download(f"{prefix}/{name}", folder / name)
     return folder

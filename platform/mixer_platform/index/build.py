@@ -1,0 +1,196 @@
+"""Build an index version of embeddings: choose a kind, train it once, build the shards in parallel, measure them."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+import ray
+
+from mixer_platform import versions
+from mixer_platform.config import IndexConfig
+from mixer_platform.errors import ConfigError, WishError
+from mixer_platform.gallery import KIND, SegmentEntry, ShardEntry, merge_top_k
+from mixer_platform.index.choose import (
+    PILOT,
+    K,
+    Measured,
+    Neighbours,
+    Trial,
+    affordable,
+    candidates,
+    exact_top_k,
+    measure,
+    pick,
+    rank,
+    sweep,
+    training_size,
+)
+from mixer_platform.index.embeddings import Chain, stream, vectors
+from mixer_platform.index.segments import bytes_per_vector, new_index, trained_template, write_segment
+from mixer_platform.item_ids import span
+from mixer_platform.storage import Storage, open_storage
+
+_MOST_THREADS = 16  # of the one task that trains
+_MOST_TRIED = 3  # kinds of index that are built whole before giving up
+_log = logging.getLogger(__name__)
+
+
+class _Built(NamedTuple):
+    entry: SegmentEntry
+    trials: list[Trial]
+    exact: Neighbours
+
+
+def build_shards(
+    storage: Storage, version: str, chain: Chain, dim: int, queries: np.ndarray, config: IndexConfig
+) -> dict[str, Any]:
+    """Write all shards of `index/<version>/` and return what its manifest says of them.
+
+    `queries` float32 [n, dim] are what people ask: recall is measured on them against exact search. Raises ConfigError
+    for a kind of index that FAISS does not make, WishError if no kind is as good as
+    wished; nothing is published then.
+    """
+    items = _living(chain)
+    each = -(-items // config.shards)
+    started = time.monotonic()
+    kinds, why = _kinds(storage, chain, items, each, dim, queries, config)
+    chosen_in = time.monotonic() - started
+    shared = ray.put(queries)
+    best = 0.0
+    for factory in kinds[:_MOST_TRIED]:
+        try:
+            wanted = training_size(factory, dim)
+            threads = _threads()
+            template = _train.remote(storage.uri, chain, factory, dim, wanted, threads)
+            work = (storage.uri, version, chain, template, shared, config.shards, config.recall_at_10)
+            built = ray.get([_build_shard.remote(number, *work) for number in range(config.shards)])
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ValueError):
+                raise ConfigError(f"index.factory: {error.cause}") from error
+            raise
+        except ValueError as error:
+            raise ConfigError(f"index.factory: {error}") from error
+        measured = measure([part.trials for part in built], [part.exact for part in built])
+        found = pick(measured, config.recall_at_10, config.latency_ms)
+        if found:
+            entries = [ShardEntry(name=part.entry.name, count=part.entry.rows, segments=[part.entry]) for part in built]
+            content = _content(factory, why, found, entries, items, dim, len(queries))
+            return {**content, "seconds_choosing": round(chosen_in, 2)}
+        best = max(best, *(min(each.recall, each.recall_held_out) for each in measured))
+        _log.info("%s falls short of what is wished: recall@10 is %.4f at most", factory, best)
+    raise WishError(_falls_short(best, config))
+
+
+def _content(
+    factory: str, why: str, found: Measured, entries: list[ShardEntry], items: int, dim: int, queries: int
+) -> dict[str, Any]:
+    return {
+        "dim": dim,
+        "metric": "inner_product",
+        "factory": factory,
+        "why": why,
+        "search": found.settings,
+        "shards": [entry.model_dump() for entry in entries],
+        "items": items,
+        "recall_at_10": round((found.recall + found.recall_held_out) / 2, 4),
+        "recall_queries": queries,
+        "bytes_per_vector": round(bytes_per_vector(new_index(factory, dim)), 1),
+        "queries_per_second": round(1 / found.seconds, 1),  # one thread, all shards
+        "latency_ms": round(1e3 * found.latency, 3),  # one query in the slowest shard
+    }
+
+
+def _kinds(
+    storage: Storage, chain: Chain, items: int, each: int, dim: int, queries: np.ndarray, config: IndexConfig
+) -> tuple[list[str], str]:
+    """Return the kinds of index to try, in order, and why these."""
+    if config.factory != "auto":
+        return [config.factory], "index.factory names it"
+    kinds = affordable(candidates(each, dim), items, dim, config.memory)
+    if not kinds:
+        smallest = min(bytes_per_vector(new_index(kind, dim)) for kind in candidates(each, dim))
+        raise WishError(
+            f"index.memory: {items} items take {items * smallest / 1e9:.3g} GB at least, and {config.memory / 1e9:.3g} "  # type: ignore[operator]
+            "are allowed; allow more; nothing was published"
+        )
+    if len(kinds) == 1:
+        return kinds, f"exact search of {each} items a shard is fast enough"
+    ordered = ray.get(_rank.remote(storage.uri, chain, queries, each, kinds, config.recall_at_10))
+    return ordered, f"the fastest of {len(kinds)} kinds on a sample at recall@10 >= {config.recall_at_10}"
+
+
+def _living(chain: Chain) -> int:
+    changes = chain[:-1]
+    return chain[-1]["items"] + sum(each["items"] - each["replaced"] - each["deleted"] for each in changes)
+
+
+def _falls_short(best: float, config: IndexConfig) -> str:
+    wish = f"recall@10 is {best:.4f} at most, and index.recall_at_10={config.recall_at_10} is wished"
+    if best >= config.recall_at_10:
+        wish = f"no search takes less than index.latency_ms={config.latency_ms} at recall@10 >= {config.recall_at_10}"
+    return f"index: {wish}; allow more memory or time, name another index.factory, or wish less; nothing was published"
+
+
+def _threads() -> int:
+    """Return how many threads the training may have: CPUs of a node that are idle now, for shards wait for it anyway.
+
+    The task asks Ray for one CPU only: if it asked for a whole node, whoever holds a part of it could make it wait.
+    """
+    most = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    return int(max(1, min(most, ray.available_resources().get("CPU", 1), _MOST_THREADS)))
+
+
+@ray.remote(num_cpus=1)
+def _rank(uri: str, chain: Chain, queries: np.ndarray, items: int, kinds: list[str], recall: float) -> list[str]:
+    faiss.omp_set_num_threads(1)
+    return rank(_sample(open_storage(uri), chain, PILOT), queries, items, kinds, recall)
+
+
+@ray.remote(num_cpus=1)
+def _train(uri: str, chain: Chain, factory: str, dim: int, wanted: int, threads: int) -> np.ndarray:
+    faiss.omp_set_num_threads(threads)
+    return trained_template(factory, dim, _sample(open_storage(uri), chain, max(wanted, 64)))
+
+
+@ray.remote(num_cpus=1)
+def _build_shard(
+    number: int,
+    uri: str,
+    version: str,
+    chain: Chain,
+    template: np.ndarray,
+    queries: np.ndarray,
+    shards: int,
+    recall: float,
+) -> _Built:
+    """Build, write and try one shard; what it found and should have found travels back with its entry."""
+    faiss.omp_set_num_threads(1)
+    storage, name = open_storage(uri), f"shard-{number:05d}"
+    exact: list[Neighbours] = [
+        exact_top_k(queries, np.zeros((0, queries.shape[1]), np.float32), np.zeros(0, np.int64), K)
+    ]
+
+    def parts():  # type: ignore[no-untyped-def]
+        for rows in stream(storage, chain, span(number, shards)):
+            exact.append(exact_top_k(queries, vectors(rows["embedding"]), rows["id"].to_numpy(), K))
+            yield rows
+
+    with tempfile.TemporaryDirectory() as scratch:
+        entry, index = write_segment(Path(scratch), version, name, template, parts())
+        versions.upload(storage, Path(scratch), f"{KIND}/{version}")
+    best = merge_top_k(exact, K)
+    return _Built(entry, sweep(index, queries, best[1], recall), best)
+
+
+def _sample(storage: Storage, chain: Chain, size: int) -> np.ndarray:
+    """Return about `size` embeddings, float32 [n, dim]. Ids are hashes, so the first of each part are a fair sample."""
+    share = min(1.0, 1.2 * size / max(1, _living(chain)))
+    last = max(1, int(share * 2**63)) - 1 if share < 1 else 2**63 - 1
+    found = [vectors(rows["embedding"]) for rows in stream(storage, chain, (0, last))]
+    return np.concatenate(found)[:size]

@@ -1,0 +1,132 @@
+"""Embeddings on disk: versions of partitions, each a range of ids, sorted by id. An update's version lies on a base.
+
+`embeddings/<version>/part-NNNNN.parquet` has the columns id, item_id, the display columns, embedding
+(fixed_size_list<f32>), fingerprint (of what was embedded) and `__state`; an update's also `__replaces`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mixer_platform import versions
+from mixer_platform.errors import StorageError
+from mixer_platform.item_ids import Span, overlapping, span
+from mixer_platform.storage import Storage
+
+KIND = "embeddings"
+STATE = "__state"
+WHOLE, TEXT_ONLY, LEFT_OUT, DELETED = "whole", "text only", "left out", "deleted"
+REPLACES = "__replaces"  # in an update: whether the item was found in the index below
+OWN = ("id", "embedding", "fingerprint", STATE, REPLACES)  # the columns that are not the item's
+_SUMMARY = b"mixer"
+
+Chain = Sequence[dict[str, Any]]  # manifests of embeddings, the newest first
+
+
+def chain_of(storage: Storage, version: str) -> Chain:
+    """Return the manifests of a version and of what it lies on, the newest first. Raises StorageError."""
+    chain = [versions.require(storage, KIND, version)]
+    while base := chain[-1].get("base"):
+        chain.append(versions.require(storage, KIND, base))
+    return chain
+
+
+def part_key(version: str, number: int) -> str:
+    """Return the key of one partition."""
+    return f"{KIND}/{version}/part-{number:05d}.parquet"
+
+
+def write_part(storage: Storage, version: str, number: int, rows: pa.Table, summary: dict[str, Any]) -> None:
+    """Write a partition, whole or not at all, with what there is to say of it."""
+    rows = rows.sort_by("id").replace_schema_metadata({_SUMMARY: json.dumps(summary).encode()})
+    sink = pa.BufferOutputStream()
+    pq.write_table(rows, sink, compression="none")  # vectors do not compress
+    storage.write(part_key(version, number), sink.getvalue())
+
+
+def read_summaries(storage: Storage, version: str) -> dict[int, dict[str, Any]]:
+    """Return what was said of each partition that is there, by its number."""
+    found = {}
+    for key in sorted(storage.list(f"{KIND}/{version}")):
+        if key.endswith(".parquet"):
+            metadata = pq.read_schema(storage.path(key), filesystem=storage.filesystem).metadata
+            found[int(key.rpartition("-")[2].removesuffix(".parquet"))] = json.loads(metadata[_SUMMARY])
+    return found
+
+
+def read_rows(
+    storage: Storage, chain: Chain, wanted: Span, columns: Sequence[str] | None = None, every_state: bool = False
+) -> pa.Table | None:
+    """Return the rows with ids in a range, sorted by id; of an item that was updated the newest one.
+
+    Only what is found in an index, unless `every_state`. None if there are none.
+    """
+    needed = None if columns is None else list(dict.fromkeys([*columns, "id", STATE]))
+    seen = np.zeros(0, np.int64)
+    layers = []
+    for manifest in chain:
+        parts = [number for number in overlapping(wanted, manifest["partitions"]) if number in set(manifest["parts"])]
+        for number in parts:
+            rows = _read_part(storage, manifest["version"], number, needed)
+            ids = rows["id"].to_numpy()
+            fresh = (ids >= wanted[0]) & (ids <= wanted[1]) & ~np.isin(ids, seen)
+            layers.append(rows if fresh.all() else rows.filter(pa.array(fresh)))
+        if layers and manifest is not chain[-1]:
+            seen = np.concatenate([rows["id"].to_numpy() for rows in layers])
+    if not layers:
+        return None
+    rows = pa.concat_tables(layers, promote_options="default")
+    if len(chain) > 1:
+        rows = rows.sort_by("id")
+    if not every_state:
+        found = pc.is_in(rows[STATE], pa.array([WHOLE, TEXT_ONLY]))
+        rows = rows if pc.all(found).as_py() else rows.filter(found)
+    return rows if columns is None else rows.select(list(columns))
+
+
+def stream(storage: Storage, chain: Chain, wanted: Span) -> Iterator[pa.Table]:
+    """Yield the rows that `read_rows` returns, partition by partition, in order of id."""
+    parts = max(manifest["partitions"] for manifest in chain)
+    for number in overlapping(wanted, parts):
+        first, last = span(number, parts)
+        rows = read_rows(storage, chain, (max(first, wanted[0]), min(last, wanted[1])))
+        if rows is not None and len(rows):
+            yield rows
+
+
+def display_schema(storage: Storage, chain: Chain) -> pa.Schema:
+    """Return the columns of the items themselves."""
+    oldest = chain[-1]
+    found = pq.read_schema(storage.path(part_key(oldest["version"], oldest["parts"][0])), filesystem=storage.filesystem)
+    return pa.schema([field for field in found if field.name not in OWN])
+
+
+def vectors(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
+    """Return a column of embeddings as float32 [n, dim]."""
+    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(column, pa.ChunkedArray):  # too large for one
+        return np.concatenate([vectors(chunk) for chunk in column.chunks])
+    return np.asarray(column.flatten(), np.float32).reshape(len(column), -1)
+
+
+def embedding_column(embedded: np.ndarray) -> pa.Array:
+    """Return float32 [n, dim] as a column."""
+    flat = pa.array(np.ascontiguousarray(embedded, np.float32).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, embedded.shape[1])
+
+
+def _read_part(storage: Storage, version: str, number: int, columns: list[str] | None) -> pa.Table:
+    key = part_key(version, number)
+    try:
+        with pq.ParquetFile(storage.path(key), filesystem=storage.filesystem) as file:
+            return file.read(columns).replace_schema_metadata()
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise StorageError(f"{storage.uri}/{key}: cannot be read ({reason}); delete that version's folder") from error

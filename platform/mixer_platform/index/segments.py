@@ -1,0 +1,129 @@
+"""Segments on disk: an ordinary FAISS index over int64 ids and an Arrow file of the same ids, in one order. No Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mixer_platform.gallery import SegmentEntry, search_parameters, sha256
+from mixer_platform.index.embeddings import OWN, REPLACES, STATE, TEXT_ONLY, WHOLE, vectors
+
+_SHOWN_BESIDE = "id"
+
+
+def trained_template(factory: str, dim: int, sample: np.ndarray) -> np.ndarray:
+    """Return an empty, trained index over ids, serialised, that every shard starts from; inner product.
+
+    With a GPU the clustering runs there; the index stays a CPU's. Raises ValueError for a factory string that FAISS
+    refuses, or of which an index cannot do what is asked of a shard.
+    """
+    try:
+        index = new_index(factory, dim)
+        if not index.is_trained:
+            _cluster_on_gpu(index)
+            index.train(np.ascontiguousarray(sample, np.float32))
+        template = faiss.serialize_index(index)
+        _try(template, np.ascontiguousarray(sample[:64], np.float32))
+    except RuntimeError as error:
+        raise ValueError(f"FAISS refuses {factory!r}: {reason_of(error)}") from error
+    return template
+
+
+def new_index(factory: str, dim: int) -> faiss.IndexIDMap:
+    """Return an untrained index over ids. Rows below the ids keep their order, and can be read back."""
+    index = faiss.index_factory(dim, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
+    inner = faiss.downcast_index(index.index)
+    if not isinstance(inner, faiss.IndexRefine) and (ivf := faiss.try_extract_index_ivf(inner)):
+        ivf.set_direct_map_type(faiss.DirectMap.Array)  # what refines knows its rows by itself
+    return index
+
+
+def write_segment(
+    folder: Path,
+    version: str,
+    name: str,
+    template: np.ndarray,
+    parts: Iterable[pa.Table],
+    gone: np.ndarray | None = None,
+) -> tuple[SegmentEntry, faiss.IndexIDMap]:
+    """Write NAME.faiss and NAME.arrow from rows of embeddings in order of id, and NAME.gone.arrow if ids are `gone`.
+
+    Returns the manifest's entry and the index.
+    """
+    index = faiss.deserialize_index(template)
+    shown = []
+    for rows in parts:
+        index.add_with_ids(vectors(rows["embedding"]), rows["id"].to_numpy())
+        hidden = [column for column in OWN if column != _SHOWN_BESIDE and column in rows.column_names]
+        shown.append(rows.drop_columns(hidden))
+    tables = {f"{name}.arrow": pa.concat_tables(shown, promote_options="default") if shown else _NOTHING}
+    if gone is not None and len(gone):
+        tables[f"{name}.gone.arrow"] = pa.table({"id": np.sort(gone)})
+    faiss.write_index(index, str(folder / f"{name}.faiss"))
+    for file, table in tables.items():
+        table = table.combine_chunks()  # one batch: rows are then found by number at once
+        with pa.OSFile(str(folder / file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    files = {file: sha256(folder / file) for file in (f"{name}.faiss", *tables)}
+    return SegmentEntry(version=version, name=name, rows=index.ntotal, files=files), index
+
+
+def write_delta(folder: Path, version: str, name: str, dim: int, parts: Iterable[pa.Table]) -> tuple[SegmentEntry, int]:
+    """Write the segment of an update from its rows, whatever their state; return its entry and by how many items the
+    shard grows, which may be negative.
+
+    Its vectors are kept as they are: there are few, and recall cannot suffer.
+    """
+    template = faiss.serialize_index(new_index("Flat", dim))
+    living, gone, growth = [], [np.zeros(0, np.int64)], 0
+    for rows in parts:
+        found = pc.is_in(rows[STATE], pa.array([WHOLE, TEXT_ONLY]))
+        living.append(rows.filter(found))
+        gone.append(rows.filter(pc.invert(found))["id"].to_numpy())
+        growth += len(living[-1]) - pc.sum(rows[REPLACES]).as_py()
+    entry, _ = write_segment(folder, version, name, template, living, np.concatenate(gone))
+    return entry, growth
+
+
+def bytes_per_vector(index: faiss.Index) -> float:
+    """Return how much memory a further vector of an index of this kind takes, by the parts it is made of."""
+    kind = faiss.downcast_index(index)  # a name of its own: `index` owns what it is made of
+    if isinstance(kind, faiss.IndexIDMap):
+        return 8 + bytes_per_vector(kind.index)
+    if isinstance(kind, faiss.IndexRefine):
+        return bytes_per_vector(kind.base_index) + bytes_per_vector(kind.refine_index)
+    if isinstance(kind, faiss.IndexPreTransform):
+        return bytes_per_vector(kind.index)
+    if isinstance(kind, faiss.IndexIVF):
+        return kind.code_size + 8 + (0 if kind.direct_map.no() else 8)
+    if isinstance(kind, faiss.IndexHNSW):
+        return bytes_per_vector(kind.storage) + 4 * kind.hnsw.nb_neighbors(0) + 16  # links of level 0, level, offset
+    return kind.sa_code_size()
+
+
+def reason_of(error: RuntimeError) -> str:
+    """Return what FAISS has to say, without where in its source."""
+    return str(error).splitlines()[-1].rpartition("Error: ")[2].strip()
+
+
+def _try(template: np.ndarray, vectors: np.ndarray) -> None:
+    """Do with a copy of the template what will be asked of a shard; FAISS raises RuntimeError if it cannot."""
+    index = faiss.deserialize_index(template)
+    index.add_with_ids(vectors, np.arange(len(vectors)))
+    inner = faiss.downcast_index(index.index)
+    selector = faiss.IDSelectorBitmap(np.full(-(-len(vectors) // 8), 255, np.uint8))
+    inner.search(vectors, 1, params=search_parameters(inner, {}, selector))
+    inner.reconstruct(0)
+
+
+def _cluster_on_gpu(index: faiss.Index) -> None:
+    if getattr(faiss, "get_num_gpus", int)() and (ivf := faiss.try_extract_index_ivf(index)):
+        ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(ivf.d))
+
+
+_NOTHING = pa.table({"id": pa.array([], pa.int64()), "item_id": pa.array([], pa.string())})

@@ -1,0 +1,106 @@
+"""Small changes without a rebuild: a delta segment a shard; and compaction, which folds them in."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from mixer_platform import versions
+from mixer_platform.gallery import KIND, IndexManifest, ShardEntry
+from mixer_platform.index import embeddings
+from mixer_platform.index.embeddings import DELETED, LEFT_OUT, REPLACES, STATE, TEXT_ONLY, Chain, read_rows, write_part
+from mixer_platform.index.segments import write_delta
+from mixer_platform.index.worker import COUNTS
+from mixer_platform.item_ids import span
+from mixer_platform.storage import Storage, open_storage
+
+
+def write_deltas(storage: Storage, version: str, index: IndexManifest, changes: dict[str, Any]) -> dict[str, Any]:
+    """Write the segments of `index/<version>/` that change `index` by the embeddings `changes`; return what its
+    manifest says."""
+    shards = len(index.shards)
+    numbered = enumerate(index.shards)
+    work = [
+        _write_delta.remote(number, storage.uri, version, shards, entry, changes, index.dim)
+        for number, entry in numbered
+    ]
+    entries = ray.get(work)
+    touched = set(_touched(storage, changes))
+    content = index.model_dump(exclude={"version", "created_ms", "embeddings", "shards", "items", *_LISTED})
+    return {
+        **content,
+        "embeddings": changes["version"],
+        "shards": [entry.model_dump() for entry in entries],
+        "items": sum(entry.count for entry in entries),
+        **{name: sorted({*getattr(index, name)} - touched | {*changes[name]}) for name in _LISTED},
+    }
+
+
+def consolidate(storage: Storage, chain: Chain) -> dict[str, Any]:
+    """Write the newest rows of a chain of embeddings as a version that lies on none; return its manifest."""
+    version = versions.fingerprint("consolidated", chain[0]["version"])
+    if done := versions.manifest(storage, embeddings.KIND, version):
+        return done
+    partitions = chain[0]["partitions"]
+    there = set(embeddings.read_summaries(storage, version))
+    ray.get(
+        [
+            _consolidate.remote(number, storage.uri, version, chain, partitions)
+            for number in range(partitions)
+            if number not in there
+        ]
+    )
+    summaries = embeddings.read_summaries(storage, version)
+    content = {
+        "model": chain[0]["model"],
+        "base": None,
+        "changes": chain[0]["changes"],
+        "partitions": partitions,
+        "parts": sorted(summaries),
+        **{name: sum(part[name] for part in summaries.values()) for name in COUNTS},
+        **{name: sorted(item for part in summaries.values() for item in part[name]) for name in _LISTED},
+    }
+    return versions.publish(storage, embeddings.KIND, version, content)
+
+
+_LISTED = ("without_picture", "left_out")
+
+
+@ray.remote(num_cpus=1)
+def _write_delta(
+    number: int, uri: str, version: str, shards: int, entry: ShardEntry, changes: dict[str, Any], dim: int
+) -> ShardEntry:
+    storage = open_storage(uri)
+    # Only the changes: what lies below them is in the segments before.
+    rows = read_rows(storage, [changes], span(number, shards), every_state=True)
+    if rows is None or not len(rows):
+        return entry
+    with tempfile.TemporaryDirectory() as scratch:
+        segment, growth = write_delta(Path(scratch), version, entry.name, dim, [rows])
+        versions.upload(storage, Path(scratch), f"{KIND}/{version}")
+    return ShardEntry(name=entry.name, count=entry.count + growth, segments=[*entry.segments, segment])
+
+
+@ray.remote(num_cpus=1)
+def _consolidate(number: int, uri: str, version: str, chain: Chain, partitions: int) -> None:
+    storage = open_storage(uri)
+    rows = read_rows(storage, chain, span(number, partitions), every_state=True)
+    rows = None if rows is None else rows.filter(pc.not_equal(rows[STATE], DELETED))
+    if rows is None or not len(rows):
+        return
+    rows = rows.drop_columns([REPLACES]) if REPLACES in rows.column_names else rows
+    summary: dict[str, Any] = dict.fromkeys(COUNTS, 0)
+    for name, state in (("without_picture", TEXT_ONLY), ("left_out", LEFT_OUT)):
+        summary[name] = rows.filter(pc.equal(rows[STATE], state))["item_id"].to_pylist()
+    summary["items"] = summary["reused"] = len(rows) - len(summary["left_out"])
+    write_part(storage, version, number, rows, summary)
+
+
+def _touched(storage: Storage, changes: dict[str, Any]) -> list[str]:
+    rows = read_rows(storage, [changes], span(0, 1), ["item_id"], every_state=True)
+    return [] if rows is None else pa.concat_tables([rows])["item_id"].to_pylist()

@@ -1,0 +1,100 @@
+"""A wish becomes an index: kinds that fit, settings that reach the recall, and nothing below it."""
+
+from __future__ import annotations
+
+import faiss
+import numpy as np
+import pytest
+
+from mixer_platform.index.choose import (
+    EXACT_UP_TO,
+    Measured,
+    affordable,
+    candidates,
+    exact_top_k,
+    measure,
+    number_of_lists,
+    pick,
+    rank,
+    sweep,
+    training_size,
+)
+from mixer_platform.index.segments import bytes_per_vector, new_index, trained_template
+
+DIM = 32
+
+
+def clustered(count: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(9).standard_normal((200, DIM))
+    vectors = (centres[rng.integers(0, 200, count)] + 0.6 * rng.standard_normal((count, DIM))).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_kinds_follow_size_and_memory() -> None:
+    assert candidates(EXACT_UP_TO, DIM) == ["Flat"]
+    kinds = candidates(1_000_000, 256)
+    assert "IVF4096,PQ128x4fs,Refine(SQ8)" in kinds
+    assert affordable(kinds, 1_000_000, 256, None) == kinds
+    small = affordable(kinds, 1_000_000, 256, 300_000_000)
+    assert small
+    assert set(small) < set(kinds)
+    assert max(bytes_per_vector(new_index(kind, 256)) for kind in small) <= 300
+    assert affordable(kinds, 1_000_000, 256, 1_000) == []
+    for kind in candidates(1_000_000, 6):  # a dimension that few codes divide
+        new_index(kind, 6)
+
+
+def test_training_asks_for_enough() -> None:
+    assert training_size("Flat", DIM) == 0
+    assert training_size(f"IVF{number_of_lists(10**6)},Flat", DIM) == 64 * 4096
+    with pytest.raises(ValueError, match="FAISS refuses 'IVF'"):
+        training_size("IVF", DIM)
+
+
+def test_settings_are_the_fastest_that_reach_the_wish_also_on_held_out_queries() -> None:
+    measured = [
+        Measured({"nprobe": 1}, 0.99, 0.90, 1e-5, 1e-5),
+        Measured({"nprobe": 2}, 0.96, 0.97, 2e-5, 9e-3),
+        Measured({"nprobe": 4}, 0.98, 0.98, 3e-5, 3e-5),
+        Measured({"nprobe": 8}, 1.0, 1.0, 4e-5, 4e-5),
+    ]
+    assert pick(measured[::-1], 0.95) == measured[1]
+    assert pick(measured, 0.95, latency_ms=1) == measured[2]
+    assert pick(measured, 0.99) == measured[3]
+    assert pick(measured[:3], 0.99) is None
+    assert pick(measured, 0.95, latency_ms=0.001) is None
+
+
+@pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF64,PQ16x4fs,Refine(SQ8)", "HNSW16"])
+def test_recall_over_shards_is_recall_of_their_union(factory: str) -> None:
+    vectors, queries = clustered(6000, 1), clustered(60, 2)
+    template = trained_template(factory, DIM, vectors)
+    trials, exact = [], []
+    for part in range(2):
+        ids = np.arange(6000)[part::2]
+        index = faiss.deserialize_index(template)
+        index.add_with_ids(vectors[part::2], ids)
+        exact.append(exact_top_k(queries, vectors[part::2], ids, 10))
+        trials.append(sweep(index, queries, exact[-1][1], 0.9))
+    measured = measure(trials, exact)
+    whole = exact_top_k(queries, vectors, np.arange(6000), 10)[1]
+    assert 0.9 <= max(each.recall for each in measured) <= 1
+    for each in measured:
+        found = [next(trial.found for trial in part if trial.settings == each.settings) for part in trials]
+        merged = np.take_along_axis(
+            np.concatenate([ids for _, ids in found], 1),
+            np.argsort(-np.concatenate([scores for scores, _ in found], 1), axis=1, kind="stable")[:, :10],
+            axis=1,
+        )
+        recalls = [len(set(one) & set(other)) / 10 for one, other in zip(merged, whole, strict=True)]
+        assert each.recall == pytest.approx(np.mean(recalls[::2]))
+        assert each.recall_held_out == pytest.approx(np.mean(recalls[1::2]))
+    assert pick(measured, 0.9)
+
+
+def test_kinds_that_fall_short_on_the_sample_come_last() -> None:
+    sample, queries = clustered(4000, 3), clustered(40, 4)
+    lists = number_of_lists(40_000)
+    coarse, fine = f"OPQ4_{DIM},IVF{lists},PQ4x8", f"IVF{lists},SQ8"
+    assert rank(sample, queries, 40_000, [coarse, fine], 0.95) == [fine, coarse]

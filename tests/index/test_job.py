@@ -1,0 +1,193 @@
+"""The index's life on Ray: build, update, compact; what is found is always what a fresh build would find."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixer_platform.cli import mixer_error_in
+from mixer_platform.errors import ConfigError, InputError, WishError
+from mixer_platform.gallery import read_manifest
+from mixer_platform.index.job import build, compact, update
+from mixer_platform.index.lifecycle import describe, gc, publish, rollback, verify
+from tests.index.conftest import ITEMS, Shop  # type: ignore[import-not-found]
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def ask(count: int = 20, dim: int = 8) -> np.ndarray:
+    queries = np.random.default_rng(7).standard_normal((count, dim)).astype(np.float32)
+    return queries / np.linalg.norm(queries, axis=1, keepdims=True)
+
+
+def same(found: list, expected: list) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert [score for _, score in one] == pytest.approx([score for _, score in other], abs=1e-5)
+        assert {item for item, _ in one} == {item for item, _ in other}
+
+
+def identities(shop: Shop) -> dict[str, int]:
+    parts = [(shard.item_ids(), shard.segments[0].ids.tolist()) for shard in shop.shards()]
+    return {item: identity for part in parts for item, identity in zip(*part, strict=True)}
+
+
+def test_a_build_is_searched_as_its_embeddings_are(shop: Shop) -> None:
+    report = build(shop.config)
+    assert (report["items"], report["left_out"], report["without_picture"]) == (ITEMS - 1, ["i5"], ["i3", "i4"])
+    assert (report["factory"], report["recall_at_10"]) == ("Flat", 1.0)
+    embedded, queries = shop.embedded(), ask()
+    assert set(embedded) == {row["item_id"] for row in shop.rows} - {"i5"}
+    names, matrix = list(embedded), np.stack(list(embedded.values()))
+    scores = queries @ matrix.T
+    for found, row in zip(shop.search(queries, 10), scores, strict=True):
+        best = np.argsort(-row, kind="stable")[:10]
+        assert [item for item, _ in found] == [names[place] for place in best]
+    shown = shop.shown()
+    assert shown["i7"] == {**shop.rows[7], "description": None}
+    again = build(shop.config)
+    assert again["reused"]
+    assert again["version"] == report["version"]
+
+
+def test_what_is_embedded_already_is_not_embedded_again(shop: Shop) -> None:
+    first = build(shop.config)
+    ids = identities(shop)
+    before = shop.embedded()
+    rows = [row for row in shop.rows if row["item_id"] != "i9"]
+    rows[0] |= {"price": 99.0}
+    rows[1] = shop.item(1, seed=201)
+    rows.append(shop.item(ITEMS))
+    shop.write_items(rows)
+    report = build(shop.config)
+    made = json.loads(shop.storage.read(f"embeddings/{report['embeddings']}/manifest.json"))
+    assert (made["embedded"], made["reused"]) == (2, ITEMS - 3)
+    assert report["version"] != first["version"]
+    found = shop.embedded()
+    assert "i9" not in found
+    assert not np.allclose(found["i1"], before["i1"], atol=1e-3)
+    for item in set(before) - {"i1", "i9"}:
+        np.testing.assert_array_equal(found[item], before[item])
+    assert shop.shown()["i0"]["price"] == 99.0
+    kept = {item: identity for item, identity in identities(shop).items() if item in ids}
+    assert kept == {item: ids[item] for item in kept}, "ids never drift"
+
+
+def test_finished_partitions_outlive_a_run(shop: Shop) -> None:
+    report = build(shop.config)
+    folder = shop.workspace / f"embeddings/{report['embeddings']}"
+    parts = sorted(folder.glob("part-*.parquet"))
+    assert len(parts) > 3
+    lost, kept = parts[1], {path: path.stat().st_mtime_ns for path in parts if path != parts[1]}
+    (folder / "manifest.json").unlink()
+    lost.unlink()
+    before = shop.embedded
+    again = build(shop.config)
+    assert again["version"] == report["version"], "the index is there"
+    assert lost.exists()
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(before()) == ITEMS - 1
+
+
+def test_updates_and_their_compaction_find_what_a_fresh_build_would(shop: Shop) -> None:
+    shop.config = shop.with_index(compact_above=1.0)
+    built = build(shop.config)
+    queries = ask()
+    rows = {row["item_id"]: row for row in shop.rows}
+    first = [shop.item(1, seed=301), {**shop.rows[2], "price": 7.5}, shop.item(70), shop.item(71)]
+    first.append({**shop.rows[8], "image": None, "title": None})  # nothing is left to embed
+    updated = update(shop.changes("monday", first, ["i10", "i11", "nobody"]))
+    assert updated["changes"] == dict(embedded=3, reused=1, replaced=3, deleted=2, unknown=1, broken=0)
+    second = [shop.item(10, seed=310), shop.item(70, seed=370)]
+    tuesday = shop.changes("tuesday", second, ["i12", "i71"])
+    updated = update(tuesday)
+    assert updated["items"] == ITEMS - 1 - 3 + 2 + 1 - 2
+    assert "i8" in updated["left_out"]
+    assert update(tuesday)["reused"], "the same changes again are none"
+    by_updates = shop.search(queries, 15)
+    shown = shop.shown()
+    assert shown["i2"]["price"] == 7.5
+    assert set(shown) == set(shop.embedded())
+    description = describe(shop.config)
+    assert description["embeddings"][-1] == built["embeddings"]
+    assert len(description["embeddings"]) == 3
+    similar = [vector for shard in shop.shards() if (vector := shard.vector("i10")) is not None]
+    np.testing.assert_allclose(similar, [shop.embedded()["i10"]], atol=1e-6)
+    assert all(shard.vector("i12") is None for shard in shop.shards())
+
+    compacted = compact(shop.config)
+    assert compacted["items"] == updated["items"]
+    assert compacted["left_out"] == updated["left_out"]
+    assert describe(shop.config)["updated_share"] == 0
+    same(shop.search(queries, 15), by_updates)
+
+    for row in (*first, *second):
+        rows[row["item_id"]] = row
+    for item_id in ("i11", "i12", "i71"):
+        del rows[item_id]
+    shop.write_items(list(rows.values()))
+    fresh = build(shop.config)
+    assert fresh["items"] == updated["items"]
+    assert fresh["version"] != compacted["version"]
+    same(shop.search(queries, 15), by_updates)
+    assert shop.shown() == shown
+
+    assert rollback(shop.config)["version"] == compacted["version"]
+    assert rollback(shop.config)["version"] == updated["version"]
+    same(shop.search(queries, 15), by_updates)
+    assert publish(shop.with_index(version=fresh["version"]))["replaced"] == updated["version"]
+    report = gc(shop.with_index(keep=2, grace_hours=0))
+    assert set(report["kept"]) == {fresh["version"], updated["version"]}
+    assert f"index/{compacted['version']}" in report["deleted"]
+    assert f"index/{built['version']}" not in report["deleted"], "the updated version's vectors lie there"
+    same(shop.search(queries, 15, updated["version"]), by_updates)
+    assert verify(shop.config)["sound"]
+    gc(shop.with_index(keep=1, grace_hours=0))
+    assert shop.storage.folders("index") == [fresh["version"]]
+    assert shop.storage.folders("embeddings") == [fresh["embeddings"]]
+
+
+def test_many_updates_are_compacted_by_themselves(shop: Shop) -> None:
+    build(shop.config)
+    changed = shop.changes("all", [shop.item(number, seed=400 + number) for number in range(20)])
+    report = update(changed)
+    assert all(len(shard["segments"]) == 1 for shard in report["shards"])
+    assert report["items"] == ITEMS - 1 + ("i5" in shop.embedded())
+
+
+@pytest.mark.parametrize(
+    ("items", "deleted", "message"),
+    [
+        ([{"item_id": "i1", "title": "x"}], ["i1"], "item 'i1' is both in items and in deleted; keep one of them"),
+        ([{"item_id": "i1", "size": "L"}], [], r"items: column size is not in the index; leave it out, or add it to"),
+        ([{"item_id": "i1", "price": "dear"}], [], "column price is string, double in the index; cast it and try"),
+        ([], [], "neither items nor deleted is there; write one of them as Parquet or JSONL"),
+    ],
+)
+def test_changes_that_cannot_be_used_are_named_and_change_nothing(
+    shop: Shop, tmp_path: Path, items: list, deleted: list, message: str
+) -> None:
+    built = build(shop.config)
+    config = shop.changes("changes", [], deleted)
+    if items:
+        (tmp_path / "changes/items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in items))
+    with pytest.raises(Exception, match=message) as raised:
+        update(config)
+    assert mixer_error_in(raised.value)
+    assert read_manifest(shop.storage).version == built["version"]
+
+
+def test_below_the_wished_recall_nothing_is_published(shop: Shop) -> None:
+    coarse = shop.with_index(factory="IVF2,PQ2x4", recall_at_10=0.99)
+    with pytest.raises(WishError, match=r"recall@10 is 0\.\d+ at most, and index\.recall_at_10=0\.99 is wished"):
+        build(coarse)
+    assert shop.storage.tag("index/CURRENT") is None
+    with pytest.raises(WishError, match=r"index\.memory: 59 items take .* GB at least"):
+        build(shop.with_index(memory=100))
+    with pytest.raises(ConfigError, match=r"index\.factory: FAISS refuses 'Nonsense'"):
+        build(shop.with_index(factory="Nonsense"))
+    build(shop.config)
+    with pytest.raises(InputError, match=r"index\.changes: missing"):
+        update(shop.config)
