@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import ray
 
 from mixer.config import ModelConfig
 from mixer_platform.cli import connect
+from tests.flaky import Flaky
 
 ROOT = Path(__file__).parents[1]
 # Ray Data runs each kind of shuffle task in workers of its own, and starting one takes seconds: keep them.
@@ -58,3 +60,36 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder / "text")
     encoders = {"image_encoder": str(folder / "image"), "text_encoder": str(folder / "text")}
     return ModelConfig(**encoders, dim=8, concepts=2, concept_dim=8, heads=2, max_tokens=8)
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A new bucket; returns its name."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    import boto3
+
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    return bucket
+
+
+@pytest.fixture
+def flaky(s3: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Flaky]:
+    """What stands between storage that is opened from here on and the bucket."""
+    with Flaky(s3_endpoint.removeprefix("http://")) as flaky:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{flaky.address}")
+        yield flaky

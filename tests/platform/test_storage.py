@@ -21,7 +21,7 @@ import pytest
 
 from mixer_platform.errors import ConflictError, MissingError, StorageError
 from mixer_platform.storage import LocalStorage, Storage, open_storage, read_uri, resolve_uri
-from tests.platform.flaky import Fault, Flaky
+from tests.flaky import Fault, Flaky
 
 ROOT = Path(__file__).parents[2]
 BIG = 2**23  # bytes from which on S3 gets a file in parts

@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mixer_platform.errors import StorageError
 from mixer_platform.gallery import SegmentEntry, search_parameters, sha256
 from mixer_platform.index.embeddings import OWN, REPLACES, STATE, TEXT_ONLY, WHOLE, vectors
+from mixer_platform.s3 import local_errors
 
 _SHOWN_BESIDE = "id"
 
@@ -53,7 +55,7 @@ def write_segment(
 ) -> tuple[SegmentEntry, faiss.IndexIDMap]:
     """Write NAME.faiss and NAME.arrow from rows of embeddings in order of id, and NAME.gone.arrow if ids are `gone`.
 
-    Returns the manifest's entry and the index.
+    Returns the manifest's entry and the index. Raises StorageError if the disk is full.
     """
     index = faiss.deserialize_index(template)
     shown = []
@@ -64,11 +66,14 @@ def write_segment(
     tables = {f"{name}.arrow": pa.concat_tables(shown, promote_options="default") if shown else _NOTHING}
     if gone is not None and len(gone):
         tables[f"{name}.gone.arrow"] = pa.table({"id": np.sort(gone)})
-    faiss.write_index(index, str(folder / f"{name}.faiss"))
+    path = folder / f"{name}.faiss"
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        raise StorageError(f"{path}: {reason_of(error)}; free some space and run again") from error
     for file, table in tables.items():
-        table = table.combine_chunks()  # one batch: rows are then found by number at once
-        with pa.OSFile(str(folder / file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+        with local_errors(str(folder / file)):
+            _write_arrow(folder / file, table.combine_chunks())  # one batch: rows are then found by number at once
     files = {file: sha256(folder / file) for file in (f"{name}.faiss", *tables)}
     return SegmentEntry(version=version, name=name, rows=index.ntotal, files=files), index
 
@@ -109,6 +114,11 @@ def bytes_per_vector(index: faiss.Index) -> float:
 def reason_of(error: RuntimeError) -> str:
     """Return what FAISS has to say, without where in its source."""
     return str(error).splitlines()[-1].rpartition("Error: ")[2].strip()
+
+
+def _write_arrow(path: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
 def _try(template: np.ndarray, vectors: np.ndarray) -> None:
