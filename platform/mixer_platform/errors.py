@@ -6,6 +6,13 @@ class MixerError(Exception):
 
     exit_status = 1
 
+    def __init__(self, sentence: str) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+
+    def __str__(self) -> str:
+        return self.sentence  # Ray Data adds advice about itself to the arguments of what it passes on
+
 
 class ConfigError(MixerError):
     """A wrong key or value in a configuration."""

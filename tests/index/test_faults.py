@@ -55,12 +55,14 @@ def call(*arguments, **named):
     return original(*arguments, **named)
 
 setattr(module, name, call)
-connect()
 ray.init(address, runtime_env={"env_vars": json.loads(variables)}, logging_level="ERROR", log_to_driver=False)
+connect()
 try:
     print(json.dumps(globals()[command](RunConfig.model_validate(json.loads(config)))))
 except Exception as error:
-    sys.exit(f"{type(mixer_error_in(error)).__name__}: {mixer_error_in(error)}")
+    if (known := mixer_error_in(error)) is None:
+        raise
+    sys.exit(f"{type(known).__name__}: {known}")
 """
 
 STEPS = {
@@ -101,6 +103,12 @@ def start(
     line = [sys.executable, "-c", DRIVER, address, command, config.model_dump_json(), where, json.dumps(known)]
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(line, env={**os.environ, **known}, **piped)  # type: ignore[call-overload]
+
+
+def report_in(output: str) -> dict[str, Any]:
+    """Return the report among what a driver, and Ray, printed."""
+    (line,) = [line for line in output.splitlines() if line.startswith("{")]
+    return json.loads(line)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +186,7 @@ def test_of_two_publishers_at_once_one_wins(changed: tuple[Shop, RunConfig], tmp
     codes = [driver.returncode for driver in drivers]
     assert sorted(codes) == [0, 1], outputs
     won, lost = outputs[codes.index(0)], outputs[codes.index(1)]
-    assert read_manifest(shop.storage).version == json.loads(won[0])["version"]
+    assert read_manifest(shop.storage).version == report_in(won[0])["version"]
     assert re.search(r"ConflictError: .*CURRENT: somebody else published first; theirs stands, run again", lost[1])
     assert verify(shop.config)["sound"]
 
@@ -198,11 +206,11 @@ def test_storage_that_answers_503_and_cuts_transfers(
         driver = start("build", config, "versions:publish", 99, variables=variables)
         out, said = driver.communicate(timeout=240)
         assert driver.returncode == 0, said
-        return json.loads(out)
+        return report_in(out)
 
-    flaky.fail("unavailable", 12, "(GET|PUT) ")
+    flaky.fail("unavailable", 6, r"PUT .*(part-|shard-|manifest)")
     built = run()
-    assert flaky.failed == 12
+    assert flaky.failed == 6
     assert built["items"] == ITEMS - 1
     flaky.fail("cut", 3, r"GET .*(\.faiss|\.arrow|manifest)")
     assert verify(config)["sound"]
@@ -228,8 +236,8 @@ from mixer_platform.index.job import build
 small = Path(sys.argv[1])
 (small / "models").symlink_to({str(models)!r})
 config = RunConfig.model_validate_json({shop.config.model_dump_json()!r}).model_copy(update=dict(workspace=str(small)))
-connect()
 ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+connect()
 (small / "ballast").write_bytes(bytes(int(sys.argv[2])))
 try:
     build(config)
@@ -239,7 +247,7 @@ print((small / "index/CURRENT").exists(), [str(path) for path in small.rglob("in
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "platform")])}
     environment.pop("RAY_ADDRESS", None)
-    for ballast in (270_000, 200_000):  # embeddings do not fit; shards do not
+    for ballast in (270_000, 252_000):  # embeddings do not fit; shards do not
         command = [
             *SMALL_DISK,
             str(tmp_path / "small"),

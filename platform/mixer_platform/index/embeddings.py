@@ -48,7 +48,7 @@ def write_part(storage: Storage, version: str, number: int, rows: pa.Table, summ
     rows = rows.sort_by("id").replace_schema_metadata({_SUMMARY: json.dumps(summary).encode()})
     sink = pa.BufferOutputStream()
     pq.write_table(rows, sink, compression="none")  # vectors do not compress
-    storage.write(part_key(version, number), sink.getvalue())
+    storage.write(part_key(version, number), sink.getvalue().to_pybytes())
 
 
 def read_summaries(storage: Storage, version: str) -> dict[int, dict[str, Any]]:
@@ -113,7 +113,7 @@ def vectors(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(column, pa.ChunkedArray):  # too large for one
         return np.concatenate([vectors(chunk) for chunk in column.chunks])
-    return np.asarray(column.flatten(), np.float32).reshape(len(column), -1)
+    return np.asarray(column.flatten(), np.float32).reshape(len(column), column.type.list_size)
 
 
 def embedding_column(embedded: np.ndarray) -> pa.Array:
