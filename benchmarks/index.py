@@ -1,6 +1,6 @@
 """What the index costs and what it gives, beside a bare onnxruntime loop, a plain FAISS process and autofaiss.
 
-    .venv/bin/python benchmarks/index.py --data FOLDER [--vectors 1000000] [--photos 8000]
+    .venv/bin/python benchmarks/index.py --data FOLDER [--vectors 1000000] [--photos 20000]
 
 FOLDER as in quality.py. A model is trained on it, and every picture in it is embedded as an item, as often as it takes
 to come to --photos. Vectors for everything else are drawn from a Gaussian mixture: centres and what lies about them
@@ -57,7 +57,6 @@ PER_CENTRE = 20
 QUERIES = 1000
 WISH = 0.95
 PLAIN = "IVF4096,SQ8"  # what (b) builds too
-MEMORIES = {2000: "", 400: "_small"}  # bytes a vector that are allowed, and what figures then end in
 AUTOFAISS = ["autofaiss==2.18.0", "numpy==1.26.4", "pyarrow<19", "faiss-cpu==1.7.4"]
 MADE_BY_AUTOFAISS = """
 import json, sys, time
@@ -138,16 +137,16 @@ def write_photos(data: str, folder: Path, wanted: int) -> list[tuple[str, str]]:
 def bare_embedding(model: str, rows: list[tuple[str, str]]) -> float:
     """Return the seconds in which two threads, each with a session of its own, embed all rows."""
 
-    def work(mine: list[tuple[str, str]]) -> None:
-        embedder = ItemEmbedder(model)
+    def work(embedder: ItemEmbedder, mine: list[tuple[str, str]]) -> None:
         for start in range(0, len(mine), 32):
             batch = mine[start : start + 32]
             pixels = [embedder.preprocess(decode(Path(uri).read_bytes())) for uri, _ in batch]
             embedder(pixels, [text for _, text in batch])
 
     began = time.perf_counter()
+    embedders = [ItemEmbedder(model) for _ in range(2)]
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(work, [rows[::2], rows[1::2]]))
+        list(threads.map(work, embedders, [rows[::2], rows[1::2]]))
     return time.perf_counter() - began
 
 
@@ -360,7 +359,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--vectors", type=int, default=1_000_000)
-    parser.add_argument("--photos", type=int, default=8000)
+    parser.add_argument("--photos", type=int, default=20_000)
+    parser.add_argument("--memory", type=int, nargs="+", default=[2000], help="bytes a vector that are allowed")
     parser.add_argument("--environment", type=Path, default=Path("workspace/autofaiss"))
     arguments = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, commit {versions.commit('.')}")
@@ -410,7 +410,8 @@ def wishes(arguments: argparse.Namespace, workspace: str, folder: str) -> dict[s
     def show(name: str, reached: dict[str, Any], size: int, seconds: float) -> None:
         print(f"{name:60} {reached['recall']:9.4f} {reached['qps']:6.0f} {size / count:13.0f} {seconds:8.1f}")
 
-    for memory, suffix in MEMORIES.items():
+    for memory in arguments.memory:
+        suffix = "" if memory == arguments.memory[0] else f"_{memory}"
         allowed = int(memory * count)
         settings = {"shards": 1, "memory": allowed}
         made = alone(product_build, workspace, folder, f"wish{suffix}", 2, settings, threads=2)

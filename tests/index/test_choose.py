@@ -9,13 +9,12 @@ import pytest
 from mixer_platform.index.choose import (
     EXACT_UP_TO,
     Measured,
-    affordable,
     candidates,
     exact_top_k,
     measure,
     number_of_lists,
     pick,
-    rank,
+    pilot,
     sweep,
     training_size,
 )
@@ -33,20 +32,21 @@ def clustered(count: int, seed: int) -> np.ndarray:
 
 def test_kinds_follow_size_and_memory() -> None:
     assert candidates(EXACT_UP_TO, DIM) == ["Flat"]
+    assert candidates(EXACT_UP_TO, DIM, 4 * DIM - 1) == []
     kinds = candidates(1_000_000, 256)
     assert "IVF4096,PQ128x4fs,Refine(SQ8)" in kinds
-    assert affordable(kinds, 1_000_000, 256, None) == kinds
-    small = affordable(kinds, 1_000_000, 256, 300_000_000)
+    small = candidates(1_000_000, 256, 300)
     assert small
     assert set(small) < set(kinds)
     assert max(bytes_per_vector(new_index(kind, 256)) for kind in small) <= 300
-    assert affordable(kinds, 1_000_000, 256, 1_000) == []
+    assert candidates(1_000_000, 256, 60) == ["OPQ32,IVF4096,PQ32x8", "OPQ16,IVF4096,PQ16x8"]
+    assert candidates(1_000_000, 256, 1) == []
     for kind in candidates(1_000_000, 6):  # a dimension that few codes divide
         new_index(kind, 6)
 
 
 def test_training_asks_for_enough() -> None:
-    assert training_size("Flat", DIM) == 0
+    assert training_size("Flat", DIM) == 64
     assert training_size(f"IVF{number_of_lists(10**6)},Flat", DIM) == 64 * 4096
     with pytest.raises(ValueError, match="FAISS refuses 'IVF'"):
         training_size("IVF", DIM)
@@ -93,8 +93,12 @@ def test_recall_over_shards_is_recall_of_their_union(factory: str) -> None:
     assert pick(measured, 0.9)
 
 
-def test_kinds_that_fall_short_on_the_sample_come_last() -> None:
+def test_a_pilot_tells_what_falls_short_and_what_takes_longer() -> None:
     sample, queries = clustered(4000, 3), clustered(40, 4)
+    exact = exact_top_k(queries, sample, np.arange(4000), 10)
     lists = number_of_lists(40_000)
-    coarse, fine = f"OPQ4_{DIM},IVF{lists},PQ4x8", f"IVF{lists},SQ8"
-    assert rank(sample, queries, 40_000, [coarse, fine], 0.95) == [fine, coarse]
+    short, _ = pilot(f"IVF{lists},PQ4x4fs,Refine(SQ4)", sample, queries, exact, 40_000, 0.999)
+    assert 0 < short < 1
+    by_list = [pilot(f"IVF{lists},SQ8", sample, queries, exact, items, 0.9) for items in (40_000, 40_000_000)]
+    assert by_list[0][0] == by_list[1][0] == 0
+    assert 0 < by_list[0][1] < by_list[1][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -22,12 +23,11 @@ from mixer_platform.index.choose import (
     Measured,
     Neighbours,
     Trial,
-    affordable,
     candidates,
     exact_top_k,
     measure,
     pick,
-    rank,
+    pilot,
     sweep,
     training_size,
 )
@@ -112,17 +112,24 @@ def _kinds(
     """Return the kinds of index to try, in order, and why these."""
     if config.factory != "auto":
         return [config.factory], "index.factory names it"
-    kinds = affordable(candidates(each, dim), items, dim, config.memory)
+    allowed = None if config.memory is None else config.memory / items
+    kinds = candidates(each, dim, allowed)
     if not kinds:
-        smallest = min(bytes_per_vector(new_index(kind, dim)) for kind in candidates(each, dim))
+        enough = next(2**power for power in range(32) if candidates(each, dim, 2**power))
         raise WishError(
-            f"index.memory: {items} items take {items * smallest / 1e9:.3g} GB at least, and {config.memory / 1e9:.3g} "  # type: ignore[operator]
-            "are allowed; allow more; nothing was published"
+            f"index.memory: no kind of index fits {items} items into {config.memory} bytes; "
+            f"allow {math.ceil(items * enough / 1000)}K; nothing was published"
         )
     if len(kinds) == 1:
-        return kinds, f"exact search of {each} items a shard is fast enough"
-    ordered = ray.get(_rank.remote(storage.uri, chain, queries, each, kinds, config.recall_at_10))
-    return ordered, f"the fastest of {len(kinds)} kinds on a sample at recall@10 >= {config.recall_at_10}"
+        return kinds, f"exact search of {each} items a shard is fast enough" if kinds == ["Flat"] else "no other fits"
+    sample = _sample(storage, chain, PILOT)
+    exact = exact_top_k(queries, sample, np.arange(len(sample)), K)
+    shared = [ray.put(part) for part in (sample, queries, exact)]
+    tried = ray.get([_pilot.remote(kind, *shared, each, config.recall_at_10) for kind in kinds])
+    for kind, (short, seconds) in zip(kinds, tried, strict=True):
+        _log.info("%-40s %s", kind, f"falls short by {short:.3f}" if short else f"{1e6 * seconds:.0f} us a query")
+    order = [kind for _, kind in sorted(zip(tried, kinds, strict=True))]
+    return order, f"the fastest of {len(kinds)} kinds on a sample at recall@10 >= {config.recall_at_10}"
 
 
 def _living(chain: Chain) -> int:
@@ -147,15 +154,17 @@ def _threads() -> int:
 
 
 @ray.remote(num_cpus=1)
-def _rank(uri: str, chain: Chain, queries: np.ndarray, items: int, kinds: list[str], recall: float) -> list[str]:
+def _pilot(
+    kind: str, sample: np.ndarray, queries: np.ndarray, exact: Neighbours, items: int, recall: float
+) -> tuple[float, float]:
     faiss.omp_set_num_threads(1)
-    return rank(_sample(open_storage(uri), chain, PILOT), queries, items, kinds, recall)
+    return pilot(kind, sample, queries, exact, items, recall)
 
 
 @ray.remote(num_cpus=1)
 def _train(uri: str, chain: Chain, factory: str, dim: int, wanted: int, threads: int) -> np.ndarray:
     faiss.omp_set_num_threads(threads)
-    return trained_template(factory, dim, _sample(open_storage(uri), chain, max(wanted, 64)))
+    return trained_template(factory, dim, _sample(open_storage(uri), chain, wanted))
 
 
 @ray.remote(num_cpus=1)

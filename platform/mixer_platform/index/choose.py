@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import statistics
 import time
@@ -21,7 +20,6 @@ EXACT_UP_TO = 20_000  # items of a shard: exact search takes less than a millise
 PILOT = 50_000  # vectors on which kinds are compared
 _PER_LIST = 64  # training vectors a list
 _ONE_BY_ONE = 32  # queries of which the latency is measured
-_log = logging.getLogger(__name__)
 _REFINED = (1, 2, 4, 8, 16, 32, 64)
 
 Settings = dict[str, int]
@@ -48,21 +46,20 @@ class Measured(NamedTuple):
     latency: float
 
 
-def candidates(items: int, dim: int) -> list[str]:
-    """Return the kinds of index, as FAISS factory strings, that are worth trying for a shard of `items` vectors."""
+def candidates(items: int, dim: int, each_may_take: float | None = None) -> list[str]:
+    """Return the kinds of index, as FAISS factory strings, that are worth trying for a shard of `items` vectors.
+
+    Only those of which a vector takes no more than so many bytes. Kinds without vectors to re-rank by, which lose
+    recall and are slow to train, are tried only if no other kind is small enough.
+    """
     if items <= EXACT_UP_TO:
-        return ["Flat"]
+        return _affordable(["Flat"], dim, each_may_take)
     lists = f"IVF{number_of_lists(items)}"
-    kinds = ["Flat", "HNSW32", "HNSW32,SQ8", "HNSW16,SQ8", f"{lists},Flat", f"{lists},SQ8", f"{lists},SQ4"]
-    kinds += [f"{lists},{code},Refine({kept})" for code in ("RaBitQ", "RaBitQfs") for kept in ("SQ8", "SQ4")]
-    for divisor in (2, 4, 8):
-        if dim % divisor == 0 and (dim // divisor) % 2 == 0:
-            short = f"PQ{dim // divisor}x4fs"
-            kinds += [f"{lists},{short},Refine({kept})" for kept in ("SQfp16", "SQ8", "SQ4")]
-    for size in (dim // 4, dim // 8, dim // 16):
-        if size and dim % size == 0:
-            kinds += [f"OPQ{size}_{dim},{lists},PQ{size}x8", f"OPQ{size}_{dim},{lists},PQ{size}x8,Refine(SQ4)"]
-    return kinds
+    kinds = ["HNSW32", "HNSW32,SQ8", "HNSW16,SQ8", f"{lists},Flat", f"{lists},SQ8", f"{lists},SQ4"]
+    codes = [f"PQ{dim // divisor}x4fs" for divisor in (2, 4) if dim % divisor == 0 and (dim // divisor) % 2 == 0]
+    kinds += [f"{lists},{code},Refine({kept})" for code in ("RaBitQ", *codes) for kept in ("SQ8", "SQ4")]
+    short = [f"OPQ{size},{lists},PQ{size}x8" for size in (dim // 4, dim // 8, dim // 16) if size and dim % size == 0]
+    return _affordable(kinds, dim, each_may_take) or _affordable(short, dim, each_may_take)
 
 
 def number_of_lists(items: int) -> int:
@@ -77,41 +74,27 @@ def training_size(factory: str, dim: int) -> int:
     except RuntimeError as error:
         raise ValueError(f"FAISS refuses {factory!r}: {reason_of(error)}") from error
     ivf = faiss.try_extract_index_ivf(index)
-    return max(_PER_LIST * ivf.nlist if ivf else 0, 0 if index.is_trained else 16_384)
+    return max(_PER_LIST * ivf.nlist if ivf else 0, 64 if index.is_trained else 16_384)
 
 
-def affordable(kinds: Sequence[str], items: int, dim: int, memory: int | None) -> list[str]:
-    """Return the kinds of which `items` vectors fit into `memory` bytes, all if there is no limit."""
-    if memory is None:
-        return list(kinds)
-    return [kind for kind in kinds if items * bytes_per_vector(new_index(kind, dim)) <= memory]
+def pilot(
+    kind: str, sample: np.ndarray, queries: np.ndarray, exact: Neighbours, items: int, recall: float
+) -> tuple[float, float]:
+    """Build a kind of the sample [n, dim] and ask the queries, whose `exact` neighbours there are known.
 
-
-def rank(sample: np.ndarray, queries: np.ndarray, items: int, kinds: Sequence[str], recall: float) -> list[str]:
-    """Return the kinds in the order in which a shard of `items` vectors should be tried, the fastest first.
-
-    Each is built of the sample [n, dim] and asked the queries [m, dim]. Time grows from sample to shard as the kind's
-    work does: with n for a scan, √n for lists, log n for a graph. Kinds that fall short of the wished recall already on
-    the sample come last, the best of them first; the shards decide.
+    Returns by how much its recall falls short of the wished one, 0 if it does not, and the seconds a query that it
+    would take of `items` vectors: time grows as the kind's work does, with n for a scan, with √n for lists, with log n
+    for a graph.
     """
-    sample = np.ascontiguousarray(sample[:PILOT])
     growth = max(1.0, items / len(sample))
-    numbers = np.arange(len(sample))
-    exact = exact_top_k(queries, sample, numbers, K)
-    order: list[tuple[float, float, str]] = []
-    for kind in kinds:
-        small = kind.replace(f"IVF{number_of_lists(items)}", f"IVF{number_of_lists(len(sample))}")
-        index = faiss.deserialize_index(
-            trained_template(small, sample.shape[1], sample[: training_size(small, sample.shape[1])])
-        )
-        index.add_with_ids(sample, numbers)
-        measured = measure([sweep(index, queries, exact[1], recall)], [exact])
-        best = pick(measured, recall)
-        work = math.sqrt(growth) if "IVF" in kind else 1 + math.log10(growth) if "HNSW" in kind else growth
-        short = 0.0 if best else recall - max(each.recall for each in measured)
-        order.append((short, best.seconds * work if best else 0.0, kind))
-        _log.info("%-40s %s", kind, f"{1e6 * best.seconds:8.0f} us a query on the sample" if best else "falls short")
-    return [kind for *_, kind in sorted(order)]
+    small = kind.replace(f"IVF{number_of_lists(items)}", f"IVF{number_of_lists(len(sample))}")
+    wanted = training_size(small, sample.shape[1])
+    index = faiss.deserialize_index(trained_template(small, sample.shape[1], sample[:wanted]))
+    index.add_with_ids(sample, np.arange(len(sample)))
+    measured = measure([sweep(index, queries, exact[1], recall)], [exact])
+    best = pick(measured, recall)
+    work = math.sqrt(growth) if "IVF" in kind else 1 + math.log10(growth) if "HNSW" in kind else growth
+    return (0.0, best.seconds * work) if best else (recall - max(each.recall for each in measured), 0.0)
 
 
 def sweep(index: faiss.IndexIDMap, queries: np.ndarray, exact: np.ndarray, wished: float) -> list[Trial]:
@@ -193,3 +176,9 @@ def _try(index: faiss.IndexIDMap, queries: np.ndarray, settings: Settings) -> Tr
     ids = faiss.vector_to_array(index.id_map)
     ids = ids[rows] if len(ids) else rows
     return Trial(settings, (scores, np.where(rows < 0, MISSING, ids)), seconds, statistics.median(alone))
+
+
+def _affordable(kinds: Sequence[str], dim: int, each_may_take: float | None) -> list[str]:
+    if each_may_take is None:
+        return list(kinds)
+    return [kind for kind in kinds if bytes_per_vector(new_index(kind, dim)) <= each_may_take]
