@@ -119,14 +119,19 @@ class Segment:
         if not np.array_equal(faiss.vector_to_array(self._owner.id_map), self.ids):
             raise StorageError(f"{path}: its ids are not those of {entry.name}.arrow; publish the index again")
         gone = f"{entry.name}.gone.arrow"
-        deleted = _mapped_table(Path(folder) / gone)["id"].to_numpy() if gone in entry.files else np.zeros(0, np.int64)
-        self.replaces = np.concatenate([self.ids, deleted])
+        self._gone = _mapped_table(Path(folder) / gone)["id"].to_numpy() if gone in entry.files else self.ids[:0]
         self.alive = np.ones(len(self.ids), bool)
         self._selector: faiss.IDSelector | None = None
 
+    @property
+    def replaces(self) -> np.ndarray:
+        """The ids that earlier segments no longer show."""
+        return np.concatenate([self.ids, self._gone])
+
     def hide(self, ids: np.ndarray) -> None:
         """Find none of these ids any more."""
-        self.alive &= ~np.isin(self.ids, ids)
+        rows = self.rows_of(ids)
+        self.alive[rows[rows != MISSING]] = False
         if not self.alive.all():
             self._bits = np.packbits(self.alive, bitorder="little")
             self._selector = faiss.IDSelectorBitmap(self._bits)
@@ -172,8 +177,9 @@ class Shard:
         faiss.omp_set_num_threads(threads)
         self.segments = [Segment(folders[part.version], part, search, mapped) for part in entry.segments]
         for age, segment in enumerate(self.segments):
-            for later in self.segments[age + 1 :]:
-                segment.hide(later.replaces)
+            later = [each.replaces for each in self.segments[age + 1 :]]
+            if later:
+                segment.hide(np.concatenate(later))
         self.count = sum(int(segment.alive.sum()) for segment in self.segments)
         if self.count != entry.count:
             raise StorageError(f"{self.name}: holds {self.count} items, not {entry.count}; publish the index again")
@@ -197,8 +203,9 @@ class Shard:
 
     def holds(self, ids: np.ndarray) -> np.ndarray:
         """Return bool, which of these ids are in this shard."""
-        found = [np.isin(ids, segment.ids[segment.alive]) for segment in self.segments]
-        return np.any(found, axis=0)
+        flat = np.asarray(ids).reshape(-1)
+        found = [segment.rows_of(flat) != MISSING for segment in self.segments]
+        return np.any(found, axis=0).reshape(np.shape(ids))
 
     def item_ids(self) -> list[str]:
         """Return the item_id of everything that is found here."""

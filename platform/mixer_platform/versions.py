@@ -59,6 +59,11 @@ def publish(storage: Storage, kind: str, version: str, content: Mapping[str, Any
     return whole
 
 
+def use(storage: Storage, kind: str, version: str) -> None:
+    """Mark a version's folder as in use now, so that it is young to whoever collects garbage."""
+    storage.write(f"{kind}/{version}/USED", f"{time.time_ns()}\n".encode())
+
+
 def latest(storage: Storage, kind: str) -> str:
     """Return the newest published version of a kind. Raises StorageError when there is none."""
     newest = _newest(storage, kind, storage.folders(kind))

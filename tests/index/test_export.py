@@ -18,8 +18,11 @@ DOCS = Path(__file__).parents[2] / "docs/index.md"
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_the_documented_script_searches_the_shards_without_the_project(shop: Shop, tmp_path: Path) -> None:
-    report = build(shop.config)
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,SQ8,Refine(SQ8)", "HNSW8"])
+def test_the_documented_script_searches_the_shards_without_the_project(
+    shop: Shop, tmp_path: Path, factory: str
+) -> None:
+    report = build(shop.with_index(factory=factory, recall_at_10=0.8))
     (script,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     assert "mixer" not in script
     queries = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float32)

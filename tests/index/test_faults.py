@@ -71,7 +71,7 @@ STEPS = {
         ("index.job:build_shards", 1),
         ("index.build:measure", 1),  # the shards are written
         ("versions:publish", 2),
-        ("index.lifecycle:_record", 1),
+        ("index.lifecycle:_serve", 1),
         ("index.lifecycle:publish_current", 1),
     ],
     "update": [
@@ -87,8 +87,8 @@ STEPS = {
         ("versions:publish", 2),
         ("index.lifecycle:publish_current", 1),
     ],
-    "publish": [("index.lifecycle:_record", 1), ("index.lifecycle:publish_current", 1)],
-    "rollback": [("index.lifecycle:_record", 1), ("index.lifecycle:publish_current", 1)],
+    "publish": [("index.lifecycle:_serve", 1), ("index.lifecycle:publish_current", 1)],
+    "rollback": [("index.lifecycle:_serve", 1), ("index.lifecycle:publish_current", 1)],
 }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mixer_platform.cli import mixer_error_in
-from mixer_platform.errors import ConfigError, InputError, WishError
+from mixer_platform.errors import ConfigError, InputError, StorageError, VersionError, WishError
 from mixer_platform.gallery import read_manifest
 from mixer_platform.index.job import build, compact, update
 from mixer_platform.index.lifecycle import describe, gc, publish, rollback, verify
@@ -144,9 +144,56 @@ def test_updates_and_their_compaction_find_what_a_fresh_build_would(shop: Shop) 
     assert f"index/{built['version']}" not in report["deleted"], "the updated version's vectors lie there"
     same(shop.search(queries, 15, updated["version"]), by_updates)
     assert verify(shop.config)["sound"]
+    assert gc(shop.with_index(keep=1))["deleted"] == [], "what is young may be in the making"
     gc(shop.with_index(keep=1, grace_hours=0))
     assert shop.storage.folders("index") == [fresh["version"]]
     assert shop.storage.folders("embeddings") == [fresh["embeddings"]]
+
+
+def test_a_damaged_version_is_built_again_and_damaged_embeddings_are_named(shop: Shop) -> None:
+    built = build(shop.config)
+    path = shop.workspace / f"index/{built['version']}/shard-00001.faiss"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(StorageError, match=r"shard-00001\.faiss: not the bytes that were published"):
+        verify(shop.config)
+    again = build(shop.config)
+    assert again["version"] != built["version"]
+    assert verify(shop.config)["sound"]
+    (path, *_) = sorted((shop.workspace / f"embeddings/{built['embeddings']}").glob("part-*.parquet"))
+    data = bytearray(path.read_bytes())
+    place = data.index(shop.embedded()[shop.shards()[0].item_ids()[0]].tobytes())
+    data[place] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(StorageError, match=r"part-\d+\.parquet: cannot be read \(.*\); delete that version's folder"):
+        shop.embedded()
+    manifest = shop.workspace / "models/model-a/manifest.json"
+    assert manifest.exists()
+
+
+def test_an_index_of_another_models_embeddings_is_refused(shop: Shop) -> None:
+    built = build(shop.config)
+    path = shop.workspace / f"embeddings/{built['embeddings']}/manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model": "model-b"}))
+    with pytest.raises(VersionError, match=r"says it was built by model model-a, its embeddings .* by model-b"):
+        verify(shop.config)
+    with pytest.raises(VersionError, match="was built by model model-a, not by model-b"):
+        update(shop.changes("none", [], ["i1"]).model_copy(update={"index": shop.with_index(model="model-b").index}))
+
+
+def test_rollbacks_go_back_through_what_was_served(shop: Shop) -> None:
+    first = build(shop.config)["version"]
+    second = build(shop.with_index(shards=2))["version"]
+    publish(shop.with_index(version=first))
+    assert [rollback(shop.config)["version"] for _ in range(2)] == [second, first]
+    with pytest.raises(StorageError, match=f"nothing was served before {first}; there is no way back"):
+        rollback(shop.config)
+
+
+def test_an_update_that_leaves_nothing_is_refused(shop: Shop) -> None:
+    built = build(shop.config)
+    with pytest.raises(InputError, match="nothing would be left in the index; it stays as it is"):
+        update(shop.changes("none", [], [row["item_id"] for row in shop.rows]))
+    assert read_manifest(shop.storage).version == built["version"]
 
 
 def test_many_updates_are_compacted_by_themselves(shop: Shop) -> None:
@@ -184,7 +231,7 @@ def test_below_the_wished_recall_nothing_is_published(shop: Shop) -> None:
     with pytest.raises(WishError, match=r"recall@10 is 0\.\d+ at most, and index\.recall_at_10=0\.99 is wished"):
         build(coarse)
     assert shop.storage.tag("index/CURRENT") is None
-    with pytest.raises(WishError, match=r"index\.memory: no kind of index fits 59 items into 100 bytes; allow 2K"):
+    with pytest.raises(WishError, match=r"index\.memory: no kind of index fits 59 items into 100 bytes; allow 4K"):
         build(shop.with_index(memory=100))
     with pytest.raises(ConfigError, match=r"index\.factory: FAISS refuses 'Nonsense'"):
         build(shop.with_index(factory="Nonsense"))

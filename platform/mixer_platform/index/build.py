@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import ray
 
 from mixer_platform import versions
@@ -32,7 +33,7 @@ from mixer_platform.index.choose import (
     training_size,
 )
 from mixer_platform.index.embeddings import Chain, stream, vectors
-from mixer_platform.index.segments import bytes_per_vector, new_index, trained_template, write_segment
+from mixer_platform.index.segments import bytes_per_vector, new_index, reason_of, trained_template, write_segment
 from mixer_platform.item_ids import span
 from mixer_platform.storage import Storage, open_storage
 
@@ -64,18 +65,9 @@ def build_shards(
     shared = ray.put(queries)
     best = 0.0
     for factory in kinds[:_MOST_TRIED]:
-        try:
-            wanted = training_size(factory, dim)
-            threads = _threads()
-            template = _train.remote(storage.uri, chain, factory, dim, wanted, threads)
-            work = (storage.uri, version, chain, template, shared, config.shards, config.recall_at_10)
-            built = ray.get([_build_shard.remote(number, *work) for number in range(config.shards)])
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ValueError):
-                raise ConfigError(f"index.factory: {error.cause}") from error
-            raise
-        except ValueError as error:
-            raise ConfigError(f"index.factory: {error}") from error
+        template = _trained(storage, chain, factory, dim)
+        work = (storage.uri, version, chain, template, shared, config.shards, config.recall_at_10)
+        built = ray.get([_build_shard.remote(number, *work) for number in range(config.shards)])
         measured = measure([part.trials for part in built], [part.exact for part in built])
         found = pick(measured, config.recall_at_10, config.latency_ms)
         if found:
@@ -85,6 +77,18 @@ def build_shards(
         best = max(best, *(min(each.recall, each.recall_held_out) for each in measured))
         _log.info("%s falls short of what is wished: recall@10 is %.4f at most", factory, best)
     raise WishError(_falls_short(best, config))
+
+
+def _trained(storage: Storage, chain: Chain, factory: str, dim: int) -> ray.ObjectRef:
+    try:
+        template = _train.remote(storage.uri, chain, factory, dim, training_size(factory, dim), _threads())
+        ray.get(template)  # here, to know what FAISS says of it
+    except ValueError as error:  # Ray's errors are of the kind that they wrap
+        reason = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        if isinstance(reason, pa.ArrowInvalid):
+            raise
+        raise ConfigError(f"index.factory: {reason}") from error
+    return template
 
 
 def _content(
@@ -98,7 +102,7 @@ def _content(
         "search": found.settings,
         "shards": [entry.model_dump() for entry in entries],
         "items": items,
-        "recall_at_10": round((found.recall + found.recall_held_out) / 2, 4),
+        "recall_at_10": round(found.recall_held_out, 4),
         "recall_queries": queries,
         "bytes_per_vector": round(bytes_per_vector(new_index(factory, dim)), 1),
         "queries_per_second": round(1 / found.seconds, 1),  # one thread, all shards
@@ -111,6 +115,15 @@ def _kinds(
 ) -> tuple[list[str], str]:
     """Return the kinds of index to try, in order, and why these."""
     if config.factory != "auto":
+        try:
+            wanted = items * bytes_per_vector(new_index(config.factory, dim))
+        except RuntimeError as error:
+            raise ConfigError(f"index.factory: FAISS refuses {config.factory!r}: {reason_of(error)}") from error
+        if config.memory is not None and wanted > config.memory:
+            raise WishError(
+                f"index.factory: {config.factory} of {items} items takes {wanted:.0f} bytes, and index.memory allows "
+                f"{config.memory}; allow more or name a smaller kind; nothing was published"
+            )
         return [config.factory], "index.factory names it"
     allowed = None if config.memory is None else config.memory / items
     kinds = candidates(each, dim, allowed)

@@ -13,13 +13,14 @@ import ray.data
 from mixer_platform import versions
 from mixer_platform.config import IndexConfig
 from mixer_platform.errors import ConflictError, InputError
-from mixer_platform.index.embeddings import KIND, Chain, display_schema, read_summaries
+from mixer_platform.index.embeddings import KIND, Chain, check_finished, display_schema, read_summaries
 from mixer_platform.index.worker import COUNTS, DELETED_ROW, PARTITION, ItemWorker, Job
 from mixer_platform.inputs import IMAGE, REASON, InputFiles, count_rows, pictures_tag, read_input
 from mixer_platform.item_ids import part_of, probes
 from mixer_platform.storage import Storage
 
 _MOST_PARTITIONS = 4096
+_MOST_BLOCKS = 256  # of the shuffle; an actor takes one at a time
 _log = logging.getLogger(__name__)
 
 
@@ -85,12 +86,13 @@ def _embed(
         return done
     # The folder has no run in its name: what a killed run finished is not done again, and of two runs at once either
     # writes the same rows.
+    versions.use(storage, KIND, job.version)
     finished = frozenset(read_summaries(storage, job.version))
     if finished:
         _log.info("embeddings %s: %d of %d partitions are there already", job.version, len(finished), job.partitions)
     number = partial(_number, partitions=job.partitions, finished=finished)
     numbered = rows.map_batches(number, batch_format="pyarrow", batch_size=None)
-    embedded = numbered.groupby(PARTITION, num_partitions=min(job.partitions, 64)).map_groups(
+    embedded = numbered.groupby(PARTITION, num_partitions=min(job.partitions, _MOST_BLOCKS)).map_groups(
         ItemWorker,
         fn_constructor_args=(job,),
         batch_format="pyarrow",
@@ -99,6 +101,7 @@ def _embed(
     )
     embedded.materialize()
     summaries = read_summaries(storage, job.version)
+    check_finished(storage, job.version, finished, summaries)
     content = {
         "model": job.model,
         **lies_on,

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def write_part(storage: Storage, version: str, number: int, rows: pa.Table, summ
     """Write a partition, whole or not at all, with what there is to say of it."""
     rows = rows.sort_by("id").replace_schema_metadata({_SUMMARY: json.dumps(summary).encode()})
     sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink, compression="none")  # vectors do not compress
+    pq.write_table(rows, sink, compression="none", write_page_checksum=True)  # vectors do not compress
     storage.write(part_key(version, number), sink.getvalue().to_pybytes())
 
 
@@ -56,9 +57,17 @@ def read_summaries(storage: Storage, version: str) -> dict[int, dict[str, Any]]:
     found = {}
     for key in sorted(storage.list(f"{KIND}/{version}")):
         if key.endswith(".parquet"):
-            metadata = pq.read_schema(storage.path(key), filesystem=storage.filesystem).metadata
+            with _opened(storage, key) as file:
+                metadata = file.schema_arrow.metadata
             found[int(key.rpartition("-")[2].removesuffix(".parquet"))] = json.loads(metadata[_SUMMARY])
     return found
+
+
+def check_finished(storage: Storage, version: str, before: Collection[int], after: Collection[int]) -> None:
+    """Raise StorageError if partitions that were there when a run began are not there at its end."""
+    if lost := sorted(set(before) - set(after)):
+        address = f"{storage.uri}/{part_key(version, lost[0])}"
+        raise StorageError(f"{address}: was deleted while this run went on from it; run again")
 
 
 def read_rows(
@@ -72,8 +81,10 @@ def read_rows(
     seen = np.zeros(0, np.int64)
     layers = []
     for manifest in chain:
-        parts = [number for number in overlapping(wanted, manifest["partitions"]) if number in set(manifest["parts"])]
-        for number in parts:
+        there = set(manifest["parts"])
+        for number in overlapping(wanted, manifest["partitions"]):
+            if number not in there:
+                continue
             rows = _read_part(storage, manifest["version"], number, needed)
             ids = rows["id"].to_numpy()
             fresh = (ids >= wanted[0]) & (ids <= wanted[1]) & ~np.isin(ids, seen)
@@ -104,8 +115,8 @@ def stream(storage: Storage, chain: Chain, wanted: Span) -> Iterator[pa.Table]:
 def display_schema(storage: Storage, chain: Chain) -> pa.Schema:
     """Return the columns of the items themselves."""
     oldest = chain[-1]
-    found = pq.read_schema(storage.path(part_key(oldest["version"], oldest["parts"][0])), filesystem=storage.filesystem)
-    return pa.schema([field for field in found if field.name not in OWN])
+    with _opened(storage, part_key(oldest["version"], oldest["parts"][0])) as file:
+        return pa.schema([field for field in file.schema_arrow if field.name not in OWN])
 
 
 def vectors(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
@@ -123,10 +134,17 @@ def embedding_column(embedded: np.ndarray) -> pa.Array:
 
 
 def _read_part(storage: Storage, version: str, number: int, columns: list[str] | None) -> pa.Table:
-    key = part_key(version, number)
+    with _opened(storage, part_key(version, number)) as file:
+        return file.read(columns).replace_schema_metadata()
+
+
+@contextmanager
+def _opened(storage: Storage, key: str) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(storage.path(key), filesystem=storage.filesystem) as file:
-            return file.read(columns).replace_schema_metadata()
+        with pq.ParquetFile(storage.path(key), filesystem=storage.filesystem, page_checksum_verification=True) as file:
+            yield file
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StorageError(f"{storage.uri}/{key}: cannot be read ({reason}); delete that version's folder") from error
+        damaged = isinstance(error, pa.ArrowInvalid) or "checksum" in reason
+        mend = "delete that version's folder and build again" if damaged else "run again once the storage answers"
+        raise StorageError(f"{storage.uri}/{key}: cannot be read ({reason}); {mend}") from error

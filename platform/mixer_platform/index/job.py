@@ -15,19 +15,20 @@ from mixer.embedder import QUERY_GRAPH, SETTINGS, QueryEmbedder
 from mixer.images import UnreadableImage, decode
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
-from mixer_platform.errors import InputError, StorageError
-from mixer_platform.gallery import CURRENT, KIND, read_manifest
+from mixer_platform.errors import InputError, StorageError, WishError
+from mixer_platform.gallery import CURRENT, KIND, IndexManifest, check_model, read_manifest
 from mixer_platform.index import embeddings
 from mixer_platform.index.build import build_shards
 from mixer_platform.index.embed import Changes, embed_changes, embed_items
 from mixer_platform.index.embeddings import Chain, chain_of
-from mixer_platform.index.lifecycle import swap, updated_share
+from mixer_platform.index.lifecycle import sound, swap, updated_share
 from mixer_platform.index.update import consolidate, write_deltas
 from mixer_platform.inputs import IMAGE, REASON, find_input, find_optional, read_input
 from mixer_platform.schema import DELETED, ITEMS, QUERIES
 from mixer_platform.storage import Storage, open_storage, read_uri
 
 _SHAPE = {"shards", "factory", "recall_at_10", "memory", "latency_ms", "recall_queries"}
+_MOST_UPDATES = 8  # that a search passes through; more are compacted
 _FORM = 2  # of what is written; versions of another form are not taken again
 _log = logging.getLogger(__name__)
 
@@ -56,11 +57,15 @@ def update(config: RunConfig) -> dict[str, Any]:
     storage = open_storage(config.workspace)
     tag = storage.tag(CURRENT)
     index = read_manifest(storage)
+    if config.index.model != "latest":
+        check_model(index, config.index.model)
     base = chain_of(storage, index.embeddings)
     made = embed_changes(storage, _changes(config), base, config.index)
     if made["version"] == base[0]["version"]:
         _log.info("index %s holds these changes already", index.version)
-        return {**versions.require(storage, KIND, index.version), "reused": True}
+        return _compacted_if_due({**versions.require(storage, KIND, index.version), "reused": True}, config)
+    if index.items + made["items"] - made["replaced"] - made["deleted"] <= 0:
+        raise InputError(f"{config.index.changes}: nothing would be left in the index; it stays as it is")
     fingerprint = versions.fingerprint(_FORM, index.version, made["version"])
 
     def content(version: str) -> dict[str, Any]:
@@ -68,10 +73,21 @@ def update(config: RunConfig) -> dict[str, Any]:
         return {**write_deltas(storage, version, index, made), "changes": counts}
 
     manifest = _publish(storage, fingerprint, content, tag, started)
-    if updated_share(read_manifest(storage, manifest["version"])) > config.index.compact_above:
-        _log.info("more than %s of the index are updates: compacting", config.index.compact_above)
-        return compact(config)
-    return manifest
+    return _compacted_if_due(manifest, config)
+
+
+def _compacted_if_due(manifest: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Compact an index that updates have made slow; return its manifest, or that of what was compacted."""
+    index = IndexManifest.model_validate(manifest)
+    updates = max(len(shard.segments) for shard in index.shards) - 1
+    if updates <= _MOST_UPDATES and updated_share(index) <= config.index.compact_above:
+        return manifest
+    _log.info("%d updates, %.3f of the index: compacting", updates, updated_share(index))
+    try:
+        compacted = compact(config)
+    except WishError as error:
+        raise WishError(f"the update is served as {index.version}, but cannot be compacted: {error}") from error
+    return {**compacted, "changes": manifest.get("changes"), "updated": index.version}
 
 
 def compact(config: RunConfig) -> dict[str, Any]:
@@ -105,6 +121,9 @@ def _publish(
 ) -> dict[str, Any]:
     """Make and publish an index version unless it is there, then serve it."""
     manifest = versions.find(storage, KIND, fingerprint)
+    if manifest is not None:
+        versions.use(storage, KIND, manifest["version"])
+        manifest = manifest if sound(storage, manifest["version"]) else None
     if manifest is None:
         version = versions.new_version(fingerprint)
         made = content(version)
@@ -124,7 +143,11 @@ def _known(storage: Storage) -> Chain:
     wanted = current["embeddings"] if current else None
     newest = max(usable.values(), key=lambda made: made["created_ms"], default=None)
     chosen = usable.get(wanted, newest) if wanted else newest
-    return chain_of(storage, chosen["version"]) if chosen else []
+    try:
+        return chain_of(storage, chosen["version"]) if chosen else []
+    except StorageError as error:  # a base is lost: everything is embedded anew
+        _log.warning("%s", error)
+        return []
 
 
 def _changes(config: RunConfig) -> Changes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import time
 from typing import Any
@@ -23,25 +24,26 @@ from mixer_platform.gallery import (
 from mixer_platform.index import embeddings
 from mixer_platform.storage import Storage, open_storage
 
-PUBLICATIONS = "publications"  # what was served when: <milliseconds>-<version>.json
+PUBLICATIONS = "publications"  # what was served when, each with what it followed: <milliseconds>-<version>.json
+_log = logging.getLogger(__name__)
 
 
 def swap(storage: Storage, version: str, tag: str | None) -> None:
     """Serve `version` from now on, if CURRENT's tag is still `tag`. Raises ConflictError.
 
-    What it replaces is written down before, so that a rollback finds it; if the swap then fails, the record says
-    something of a version that is not served, which nobody asks.
+    What it replaces is written down before, so that a rollback finds it.
     """
     before = current_version(storage) if tag else None
     if before != version:
-        _record(storage, version, before)
-        publish_current(storage, version, replaces=tag)
+        newest = _record_of(storage, before) if before else None
+        _serve(storage, version, newest["name"] if newest else None, tag)
 
 
 def publish(config: RunConfig) -> dict[str, Any]:
     """Serve the version `index.version`, once every file of it is found to be as it was built."""
     storage = open_storage(config.workspace)
     tag = storage.tag(CURRENT)
+    versions.use(storage, KIND, read_manifest(storage, config.index.version).version)
     manifest = _verified(storage, config.index.version)
     before = current_version(storage) if tag else None
     swap(storage, manifest.version, tag)
@@ -53,13 +55,13 @@ def rollback(config: RunConfig) -> dict[str, Any]:
     storage = open_storage(config.workspace)
     tag = storage.tag(CURRENT)
     current = current_version(storage)
-    before = _served_before(storage, current)
-    if before is None:
+    history = _history(storage)
+    if len(history) < 2:
         raise StorageError(f"{storage.uri}/{CURRENT}: nothing was served before {current}; there is no way back")
-    manifest = _verified(storage, before)
-    _record(storage, before, _served_before(storage, before))
-    publish_current(storage, before, replaces=tag)
-    return {"version": before, "replaced": current, "items": manifest.items}
+    versions.use(storage, KIND, history[1]["version"])
+    manifest = _verified(storage, history[1]["version"])
+    _serve(storage, manifest.version, history[1]["follows"], tag)
+    return {"version": manifest.version, "replaced": current, "items": manifest.items}
 
 
 def verify(config: RunConfig) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
             for shard in manifest.shards
         ],
         "embeddings": [each["version"] for each in embeddings.chain_of(storage, manifest.embeddings)],
-        "served": [entry["version"] for entry in _publications(storage)],
+        "served": [entry["version"] for entry in _history(storage)],
     }
 
 
@@ -95,19 +97,38 @@ def gc(config: RunConfig) -> dict[str, Any]:
     """
     storage = open_storage(config.workspace)
     oldest = time.time() - 3600 * config.index.grace_hours
-    served = list(dict.fromkeys(entry["version"] for entry in _publications(storage)))[: config.index.keep]
+    served = list(dict.fromkeys(entry["version"] for entry in _history(storage)))[: config.index.keep]
     young = [name for name in storage.folders(KIND) if _modified(storage, KIND, name) >= oldest]
-    kept = {name for name in {current_version(storage), *served, *young} if versions.manifest(storage, KIND, name)}
-    manifests = [read_manifest(storage, name) for name in sorted(kept)]
-    used = {part.version for manifest in manifests for shard in manifest.shards for part in shard.segments}
-    below = {each["version"] for manifest in manifests for each in embeddings.chain_of(storage, manifest.embeddings)}
+    kept, used, below = set(), set(), set()
+    for name in dict.fromkeys([*served, *young]):
+        if not versions.manifest(storage, KIND, name):
+            continue
+        try:
+            manifest = read_manifest(storage, name)
+            below |= {each["version"] for each in embeddings.chain_of(storage, manifest.embeddings)}
+        except StorageError:
+            if name in served[:1]:
+                raise  # what it needs is not known
+            continue
+        kept.add(name)
+        used |= {part.version for shard in manifest.shards for part in shard.segments}
     report: dict[str, Any] = {"kept": sorted(kept), "deleted": []}
     for kind, needed in ((KIND, kept | used), (embeddings.KIND, below)):
         for name in storage.folders(kind):
-            if name not in needed and _modified(storage, kind, name) < oldest:
+            if name not in needed and _modified(storage, kind, name) < oldest and not _is_current(storage, name):
                 storage.delete(f"{kind}/{name}")  # manifest.json comes before part-* and shard-*
                 report["deleted"].append(f"{kind}/{name}")
     return report
+
+
+def sound(storage: Storage, version: str) -> bool:
+    """Return whether a published version is still as it was built; log what is wrong."""
+    try:
+        _verified(storage, version)
+    except (StorageError, VersionError) as error:
+        _log.warning("index %s is not what was published: %s", version, error)
+        return False
+    return True
 
 
 def updated_share(manifest: IndexManifest) -> float:
@@ -155,16 +176,29 @@ def _modified(storage: Storage, kind: str, name: str) -> float:
     return storage.modified(f"{kind}/{name}") or time.time()  # an empty folder is nobody's
 
 
-def _record(storage: Storage, version: str, replaces: str | None) -> None:
+def _is_current(storage: Storage, version: str) -> bool:
+    return storage.tag(CURRENT) is not None and current_version(storage) == version
+
+
+def _serve(storage: Storage, version: str, follows: str | None, tag: str | None) -> None:
+    """Write down that `version` is served after the publication named `follows`, and swap CURRENT."""
     now = time.time_ns() // 1_000_000
-    content = {"version": version, "replaces": replaces, "published_ms": now}
-    storage.write(f"{PUBLICATIONS}/{now:015d}-{version}.json", versions.to_json(content))
+    name = f"{now:015d}-{version}.json"
+    record = {"name": name, "version": version, "follows": follows, "published_ms": now}
+    storage.write(f"{PUBLICATIONS}/{name}", versions.to_json(record))
+    publish_current(storage, version, replaces=tag)
 
 
-def _publications(storage: Storage) -> list[dict[str, Any]]:
-    """Return the records, the newest first."""
-    return [json.loads(storage.read(key)) for key in sorted(storage.list(PUBLICATIONS), reverse=True)]
+def _record_of(storage: Storage, version: str) -> dict[str, Any] | None:
+    """Return the newest publication of a version: while it is CURRENT, the one that made it so."""
+    names = [key for key in storage.list(PUBLICATIONS) if key.endswith(f"-{version}.json")]
+    return json.loads(storage.read(max(names))) if names else None
 
 
-def _served_before(storage: Storage, version: str) -> str | None:
-    return next((entry["replaces"] for entry in _publications(storage) if entry["version"] == version), None)
+def _history(storage: Storage) -> list[dict[str, Any]]:
+    """Return the publications from the current one back. What failed to be served is followed by none."""
+    newest = _record_of(storage, current_version(storage)) if storage.tag(CURRENT) else None
+    found = [newest] if newest else []
+    while found and found[-1]["follows"]:
+        found.append(json.loads(storage.read(f"{PUBLICATIONS}/{found[-1]['follows']}")))
+    return found

@@ -47,6 +47,7 @@ def consolidate(storage: Storage, chain: Chain) -> dict[str, Any]:
     if done := versions.manifest(storage, embeddings.KIND, version):
         return done
     partitions = chain[0]["partitions"]
+    versions.use(storage, embeddings.KIND, version)
     there = set(embeddings.read_summaries(storage, version))
     ray.get(
         [
@@ -56,6 +57,7 @@ def consolidate(storage: Storage, chain: Chain) -> dict[str, Any]:
         ]
     )
     summaries = embeddings.read_summaries(storage, version)
+    embeddings.check_finished(storage, version, there, summaries)
     content = {
         "model": chain[0]["model"],
         "base": None,

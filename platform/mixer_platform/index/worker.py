@@ -28,6 +28,7 @@ from mixer_platform.index.embeddings import (
     WHOLE,
     Chain,
     embedding_column,
+    part_key,
     read_rows,
     vectors,
     write_part,
@@ -92,6 +93,8 @@ class ItemWorker:
         return pa.table({PARTITION: numbers})
 
     def _write(self, number: int, rows: pa.Table) -> None:
+        if self.storage.tag(part_key(self.job.version, number)):
+            return  # by an actor that died before it could say so, or by another run of the same
         update = DELETED_ROW in rows.column_names
         known = self._known(number)
         summary: dict[str, Any] = dict.fromkeys(COUNTS, 0)
