@@ -408,7 +408,8 @@ def wishes(arguments: argparse.Namespace, workspace: str, folder: str) -> dict[s
     print(f"\n{'recall@10 >= ' + str(WISH) + ', one thread, one shard':60} recall@10    qps  bytes/vector  build s")
 
     def show(name: str, reached: dict[str, Any], size: int, seconds: float) -> None:
-        print(f"{name:60} {reached['recall']:9.4f} {reached['qps']:6.0f} {size / count:13.0f} {seconds:8.1f}")
+        line = f"{name:60} {reached['recall']:9.4f} {reached['qps']:6.0f} {size / count:13.0f} {seconds:8.1f}"
+        print(line, flush=True)
 
     for memory in arguments.memory:
         suffix = "" if memory == arguments.memory[0] else f"_{memory}"
@@ -416,8 +417,8 @@ def wishes(arguments: argparse.Namespace, workspace: str, folder: str) -> dict[s
         settings = {"shards": 1, "memory": allowed}
         made = alone(product_build, workspace, folder, f"wish{suffix}", 2, settings, threads=2)
         ours = alone(search, workspace, folder, f"wish{suffix}", False)
-        theirs = by_autofaiss(python, folder, f"{allowed // 10**6}M")
         show(f"{memory} bytes a vector: {made['factory']} {made['search']}", ours, ours["bytes"], made["seconds"])
+        theirs = by_autofaiss(python, folder, f"{allowed // 10**6}M")
         for each in theirs["found"]:
             show(f"  autofaiss: {theirs['kind']} {each['settings']}", each, theirs["bytes"], theirs["seconds"])
         speed = at_recall(theirs["found"], ours["recall"])
