@@ -189,6 +189,15 @@ def test_rollbacks_go_back_through_what_was_served(shop: Shop) -> None:
         rollback(shop.config)
 
 
+def test_what_is_served_stays_though_nothing_was_written_of_it(shop: Shop) -> None:
+    build(shop.config)
+    update(shop.changes("some", [shop.item(1, seed=601)]))
+    shop.storage.delete("publications")
+    assert gc(shop.with_index(grace_hours=0))["deleted"] == []
+    assert verify(shop.config)["sound"]
+    assert "i1" in shop.embedded()
+
+
 def test_an_update_that_leaves_nothing_is_refused(shop: Shop) -> None:
     built = build(shop.config)
     with pytest.raises(InputError, match="nothing would be left in the index; it stays as it is"):

@@ -211,7 +211,7 @@ def _build_shard(
 
 
 def _sample(storage: Storage, chain: Chain, size: int) -> np.ndarray:
-    """Return about `size` embeddings, float32 [n, dim]. Ids are hashes, so the first of each part are a fair sample."""
+    """Return about `size` embeddings, float32 [n, dim]. Ids are hashes, so the lowest are a fair sample."""
     share = min(1.0, 1.2 * size / max(1, _living(chain)))
     last = max(1, int(share * 2**63)) - 1 if share < 1 else 2**63 - 1
     found = [vectors(rows["embedding"]) for rows in stream(storage, chain, (0, last))]

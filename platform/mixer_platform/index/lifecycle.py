@@ -97,7 +97,8 @@ def gc(config: RunConfig) -> dict[str, Any]:
     """
     storage = open_storage(config.workspace)
     oldest = time.time() - 3600 * config.index.grace_hours
-    served = list(dict.fromkeys(entry["version"] for entry in _history(storage)))[: config.index.keep]
+    current = [current_version(storage)] if storage.tag(CURRENT) else []  # kept even if nothing was written of it
+    served = list(dict.fromkeys([*current, *(entry["version"] for entry in _history(storage))]))[: config.index.keep]
     young = [name for name in storage.folders(KIND) if _modified(storage, KIND, name) >= oldest]
     kept, used, below = set(), set(), set()
     for name in dict.fromkeys([*served, *young]):
@@ -107,7 +108,7 @@ def gc(config: RunConfig) -> dict[str, Any]:
             manifest = read_manifest(storage, name)
             below |= {each["version"] for each in embeddings.chain_of(storage, manifest.embeddings)}
         except StorageError:
-            if name in served[:1]:
+            if name in current:
                 raise  # what it needs is not known
             continue
         kept.add(name)
