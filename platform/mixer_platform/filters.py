@@ -21,7 +21,7 @@ NO_ATTRIBUTES = frozenset({"id", "item_id"})
 Kind = Literal["text", "number", "boolean", "time", "nothing"]
 _COMPARE = {"gte": pc.greater_equal, "gt": pc.greater, "lte": pc.less_equal, "lt": pc.less}
 _SPELLED = {"text": "a text", "number": "a number", "boolean": "true or false", "time": "an ISO date or time"}
-_EPOCH = datetime(1970, 1, 1)
+EPOCH = datetime(1970, 1, 1)
 _SHOWN = 40  # characters of what was sent, and names of attributes, that an error repeats
 
 
@@ -148,7 +148,7 @@ def _as_stored(value: Any, kind: Kind, stored: pa.DataType) -> Any:
     except ValueError:
         return None
     if kind == "time":
-        return (datetime.fromisoformat(value) - _EPOCH) // timedelta(microseconds=1)
+        return (datetime.fromisoformat(value) - EPOCH) // timedelta(microseconds=1)
     return float(value) if pa.types.is_floating(stored) else value
 
 

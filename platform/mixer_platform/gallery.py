@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +13,15 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mixer_platform import versions
+from mixer_platform.attributes import Attribute, attributes_of, combined, merged_schema, with_schema
 from mixer_platform.errors import StorageError, VersionError
+from mixer_platform.filters import Filter
 from mixer_platform.item_ids import probes
+from mixer_platform.segment import MISSING, Segment, SegmentEntry, best_of
 from mixer_platform.storage import Storage
 
 KIND = "index"
 CURRENT = f"{KIND}/CURRENT"
-MISSING = -1  # FAISS pads short results with this id
-_LEAST = np.float32(np.finfo(np.float32).min)  # and with this score
-
-
-class SegmentEntry(BaseModel):
-    """One segment of a shard: its files lie in the folder of the index version that wrote them.
-
-    `NAME.faiss` holds vectors by id, `NAME.arrow` the display columns of the same ids in the same order;
-    `NAME.gone.arrow`, where there is one, the ids that this segment's update deleted.
-    """
-
-    model_config = ConfigDict(frozen=True)
-
-    version: str
-    name: str
-    rows: int
-    files: dict[str, str]  # names and their sha256
 
 
 class ShardEntry(BaseModel):
@@ -99,64 +85,6 @@ def check_model(manifest: IndexManifest, model: str) -> None:
         )
 
 
-class Segment:
-    """Vectors and display rows in one order; rows that a later segment replaced or deleted are hidden."""
-
-    def __init__(self, folder: str | Path, entry: SegmentEntry, search: Mapping[str, int], mapped: bool) -> None:
-        """Load and check it from a local folder. Raises StorageError naming the file that is not as published."""
-        for name, digest in entry.files.items():
-            path = Path(folder) / name
-            if not path.exists():
-                raise StorageError(f"{path}: missing; publish the index again")
-            if sha256(path) != digest:
-                raise StorageError(f"{path}: not the bytes that were published; copy or publish the index again")
-        path = Path(folder) / f"{entry.name}.faiss"
-        self._owner = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mapped else 0)
-        self._index = faiss.downcast_index(self._owner.index)
-        self._settings = search
-        self.rows = _mapped_table(Path(folder) / f"{entry.name}.arrow")
-        self.ids: np.ndarray = self.rows["id"].to_numpy()
-        if not np.array_equal(faiss.vector_to_array(self._owner.id_map), self.ids):
-            raise StorageError(f"{path}: its ids are not those of {entry.name}.arrow; publish the index again")
-        gone = f"{entry.name}.gone.arrow"
-        self._gone = _mapped_table(Path(folder) / gone)["id"].to_numpy() if gone in entry.files else self.ids[:0]
-        self.alive = np.ones(len(self.ids), bool)
-        self._selector: faiss.IDSelector | None = None
-
-    @property
-    def replaces(self) -> np.ndarray:
-        """The ids that earlier segments no longer show."""
-        return np.concatenate([self.ids, self._gone])
-
-    def hide(self, ids: np.ndarray) -> None:
-        """Find none of these ids any more."""
-        rows = self.rows_of(ids)
-        self.alive[rows[rows != MISSING]] = False
-        if not self.alive.all():
-            self._bits = np.packbits(self.alive, bitorder="little")
-            self._selector = faiss.IDSelectorBitmap(self._bits)
-
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores and ids as `Shard.search` does."""
-        # FAISS knows rows by number below the layer of ids, and only there can it be told which ones to pass over.
-        scores, rows = self._index.search(
-            queries, k, params=search_parameters(self._index, self._settings, self._selector)
-        )
-        ids = self.ids[rows] if len(self.ids) else rows
-        return np.where(rows < 0, _LEAST, scores), np.where(rows < 0, MISSING, ids)
-
-    def rows_of(self, ids: np.ndarray) -> np.ndarray:
-        """Return the row of each id, int64 [n], MISSING where it is not found here."""
-        if not len(self.ids):
-            return np.full(len(ids), MISSING)
-        rows = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
-        return np.where((self.ids[rows] == ids) & self.alive[rows], rows, MISSING)
-
-    def vector(self, row: int) -> np.ndarray:
-        """Return the vector of a row as the index knows it, float32 [dim]."""
-        return self._index.reconstruct(row)
-
-
 class Shard:
     """One shard, loaded: its segments are searched as one index over int64 ids."""
 
@@ -180,26 +108,54 @@ class Shard:
             later = [each.replaces for each in self.segments[age + 1 :]]
             if later:
                 segment.hide(np.concatenate(later))
+        self.dim = self.segments[0].dim
         self.count = sum(int(segment.alive.sum()) for segment in self.segments)
         if self.count != entry.count:
             raise StorageError(f"{self.name}: holds {self.count} items, not {entry.count}; publish the index again")
 
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return scores float32 and ids int64, both [n, k], best first; ids are MISSING where there are fewer items."""
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The display columns, "id" among them, as they are in all segments together."""
+        return merged_schema([segment.rows.schema for segment in self.segments])
+
+    def search(self, queries: np.ndarray, k: int, where: Filter | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return scores float32 and ids int64, both [n, k], best first, equal scores by smaller id.
+
+        Only what `where` lets pass is searched, and k of it are found wherever there are so many; else ids are MISSING.
+        """
         queries = np.ascontiguousarray(queries, np.float32)
-        found = [segment.search(queries, k) for segment in self.segments]
-        return found[0] if len(found) == 1 else merge_top_k(found, k)
+        return merge_top_k([segment.search(queries, k, where) for segment in self.segments], k)
+
+    def rows(self, ids: np.ndarray) -> pa.Table:
+        """Return the display columns, "id" among them, of those ids that are in this shard, in their order."""
+        parts, places = [self.schema.empty_table()], [np.zeros(0, np.int64)]
+        for segment, place, rows in self._located(ids):
+            taken = segment.rows.take(pa.array(rows))
+            parts.append(taken if taken.schema == self.schema else with_schema(taken, self.schema))
+            places.append(place)
+        return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(places)))).combine_chunks()
 
     def items(self, ids: np.ndarray) -> list[dict[str, Any]]:
-        """Return the display columns of ids of this shard, in their order."""
-        rows: list[dict[str, Any]] = [{}] * len(ids)
-        for segment in self.segments:
-            found = segment.rows_of(ids)
-            places = np.flatnonzero(found != MISSING)
-            taken = segment.rows.take(pa.array(found[places])).drop_columns("id").to_pylist()
-            for place, item in zip(places.tolist(), taken, strict=True):
-                rows[place] = item
-        return rows
+        """Return the display columns of ids in their order, without "id"; an empty dict where an id is not here."""
+        table = self.rows(ids)
+        found = dict(zip(table["id"].to_pylist(), table.drop_columns("id").to_pylist(), strict=True))
+        return [found.get(identity, {}) for identity in np.asarray(ids).tolist()]
+
+    def vectors(self, ids: np.ndarray) -> np.ndarray:
+        """Return the embeddings of ids, float32 [n, dim], as well as the index gives them back; 0 where an id is not
+        here."""
+        vectors = np.zeros((len(ids), self.dim), np.float32)
+        for segment, place, rows in self._located(ids):
+            vectors[place] = segment.vectors(rows)
+        return vectors
+
+    @cached_property
+    def _attributes(self) -> list[Attribute]:
+        return combined([attributes_of(part.rows.filter(pa.array(part.alive))) for part in self.segments])
+
+    def attributes(self) -> list[Attribute]:
+        """Return what the attributes of everything found here say, for `merge_attributes`. Counted once."""
+        return self._attributes
 
     def holds(self, ids: np.ndarray) -> np.ndarray:
         """Return bool, which of these ids are in this shard."""
@@ -217,30 +173,19 @@ class Shard:
 
         An index that compresses gives it back as well as it can.
         """
-        ids = np.array(probes(item_id))
-        for segment in self.segments:
-            for row in segment.rows_of(ids).tolist():
-                if row != MISSING and segment.rows["item_id"][row].as_py() == item_id:
-                    return segment.vector(row)
+        for segment, _, rows in self._located(np.array(probes(item_id))):
+            for row in rows.tolist():
+                if segment.rows["item_id"][row].as_py() == item_id:
+                    return segment.vectors(np.array([row]))[0]
         return None
 
-
-def search_parameters(
-    index: faiss.Index, settings: Mapping[str, int], selector: faiss.IDSelector | None = None
-) -> faiss.SearchParameters:
-    """Return how to search an index of any kind: the settings that it understands, over what `selector` lets pass."""
-    kind = faiss.downcast_index(index)
-    chosen = {"sel": selector} if selector is not None else {}
-    if isinstance(kind, faiss.IndexRefine):
-        base = search_parameters(kind.base_index, settings, selector)
-        return faiss.IndexRefineSearchParameters(k_factor=settings.get("k_factor", 1), base_index_params=base)
-    if isinstance(kind, faiss.IndexPreTransform):
-        return faiss.SearchParametersPreTransform(index_params=search_parameters(kind.index, settings, selector))
-    if isinstance(kind, faiss.IndexIVF):
-        return faiss.SearchParametersIVF(nprobe=settings.get("nprobe", 1), **chosen)
-    if isinstance(kind, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(efSearch=settings.get("efSearch", 16), **chosen)
-    return faiss.SearchParameters(**chosen)
+    def _located(self, ids: np.ndarray) -> Iterator[tuple[Segment, np.ndarray, np.ndarray]]:
+        """Yield each segment that holds some of these ids, the places of those among `ids`, and their rows."""
+        for segment in self.segments:
+            rows = segment.rows_of(np.asarray(ids))
+            places = np.flatnonzero(rows != MISSING)
+            if len(places):
+                yield segment, places, rows[places]
 
 
 def merge_top_k(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -250,9 +195,7 @@ def merge_top_k(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple
     """
     scores = np.concatenate([part[0] for part in found], axis=1)
     ids = np.concatenate([part[1] for part in found], axis=1)
-    scores = np.where(ids == MISSING, -np.inf, scores)
-    order = np.lexsort((ids, -scores), axis=1)[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+    return best_of(scores, ids, k)
 
 
 def segment_folders(storage: Storage, shard: ShardEntry, scratch: str | Path) -> dict[str, str | Path]:
@@ -262,17 +205,6 @@ def segment_folders(storage: Storage, shard: ShardEntry, scratch: str | Path) ->
     }
 
 
-def sha256(path: str | Path) -> str:
-    """Return the sha256 of a file in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def publish_current(storage: Storage, version: str, replaces: str | None) -> None:
     """Make `version` the one served, if CURRENT's tag is still `replaces`. Raises ConflictError."""
     storage.publish(CURRENT, (version + "\n").encode(), replaces)
-
-
-def _mapped_table(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_file(source).read_all()

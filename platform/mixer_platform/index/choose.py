@@ -12,8 +12,9 @@ import faiss
 import numpy as np
 
 from mixer.metrics import recall_of_neighbours
-from mixer_platform.gallery import MISSING, merge_top_k, search_parameters
+from mixer_platform.gallery import MISSING, merge_top_k
 from mixer_platform.index.segments import bytes_per_vector, new_index, reason_of, trained_template
+from mixer_platform.segment import search_parameters
 
 K = 10  # recall is measured at
 EXACT_UP_TO = 20_000  # items of a shard: exact search takes less than a millisecond

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mixer_platform.errors import StorageError
-from mixer_platform.gallery import SegmentEntry, search_parameters, sha256
 from mixer_platform.index.embeddings import OWN, REPLACES, STATE, TEXT_ONLY, WHOLE, vectors
 from mixer_platform.s3 import local_errors
+from mixer_platform.segment import SegmentEntry, search_parameters, sha256
 
 _SHOWN_BESIDE = "id"
 
