@@ -168,6 +168,9 @@ class ServeConfig(Section):
     mapped: bool = Field(False, description="leave vectors on disk, mapped into memory as they are searched")
     max_queued: int = Field(256, ge=1, description="requests waiting before new ones get 503")
     keep_up: bool = Field(True, description="stay until interrupted, then stop serving; false: leave it to the cluster")
+    same_look: float = Field(
+        0.95, gt=0, le=1, description="cosine from which listings are near-identical, for group_by=look"
+    )
 
 
 class RunConfig(Section):

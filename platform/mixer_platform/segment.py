@@ -23,7 +23,7 @@ _MOST_TIED = 16  # times k: so many equal scores are put in order
 _CACHED_BYTES = 32 * 2**20  # of filters' bitmaps, a segment: 250 of a million rows
 # Measured on 200,000 vectors of 128 dimensions, with filters that have to do with the vectors and others that have not.
 _TAKE_OUT = 1 / 200  # share of rows up to which vectors are taken out: a scan looks at every row to pass it over
-_SCAN_BELOW = 0.05  # share below which codes and graphs lead to too few of the rows that pass
+_SCAN_BELOW = 0.1  # share below which codes and graphs lead to too few of the rows that pass
 _THOROUGH = -1.5  # exponent: the fewer rows pass, the more of them lie in other lists than those next to the query
 
 
