@@ -171,6 +171,11 @@ class ServeConfig(Section):
     same_look: float = Field(
         0.95, gt=0, le=1, description="cosine from which listings are near-identical, for group_by=look"
     )
+    keys: bool = Field(True, description="requests need an API key; off: anybody may ask, on a loopback host only")
+    keys_file: str | None = Field(None, description="YAML or JSON of API keys; null: MIXER_API_KEYS holds its text")
+    cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/]+)$")], ...] = Field(
+        (), description="origins, such as https://shop.example, whose pages may ask; *: any"
+    )
 
 
 class RunConfig(Section):

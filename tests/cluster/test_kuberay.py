@@ -17,6 +17,8 @@ from ray.runtime_env import RuntimeEnv
 from ray.serve.schema import ServeDeploySchema
 
 from mixer_platform.config import load_config
+from mixer_platform.errors import ConfigError
+from mixer_platform.serve.keys import find_key, key_ring, make_key
 
 ROOT = Path(__file__).parents[2]
 CRDS = ROOT.parent / "shared" / "schemas" / "kuberay"
@@ -155,7 +157,11 @@ def test_pods_run_the_image_for_their_hardware_and_reach_the_storage(name: str) 
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         container = container_of(group)
         assert container["image"].endswith("/mixer:gpu" if group.get("groupName") == "gpu" else "/mixer:cpu")
-        assert container["envFrom"] == [{"secretRef": {"name": "mixer-storage", "optional": True}}]
+        storage, *others = container["envFrom"]
+        assert storage == {"secretRef": {"name": "mixer-storage", "optional": True}}
+        # Any node may read the keys as the service starts; without the secret its pods do not.
+        keys = [{"secretRef": {"name": "mixer-keys"}}] if MANIFESTS[name]["kind"] == "RayService" else []
+        assert others == keys
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert "replicas" not in group  # the autoscaler's to set: a second `kubectl apply` would undo it
 
@@ -218,6 +224,18 @@ def test_the_service_builds_this_project_from_a_configuration_that_loads() -> No
     overrides = [f"{key}={value}" for key, value in app["args"].items() if key != "config"]
     assert load_config(ROOT / app["args"]["config"], overrides).workspace.startswith("s3://")
     check_runtime_env(app["runtime_env"])
+
+
+def test_the_service_asks_for_keys_that_its_secret_holds() -> None:
+    (app,) = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])["applications"]
+    config = load_config(ROOT / app["args"]["config"]).serve
+    key, entry = make_key("shop")
+    ring = key_ring(config, {"MIXER_API_KEYS": yaml.safe_dump([entry.model_dump()])})
+    assert ring is not None
+    assert find_key(ring, key) == entry
+    with pytest.raises(ConfigError, match="no API keys"):
+        key_ring(config, {})
+    assert "--from-file=MIXER_API_KEYS=keys.yaml" in (ROOT / "cluster/README.md").read_text()
 
 
 def test_names_leave_room_for_each_other() -> None:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import reprlib
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+
+from mixer_platform.serve.schemas import ErrorDetail, ErrorReply
 
 RETRY_AFTER_S = 1
 
@@ -30,6 +36,17 @@ def unreadable(reason: str) -> ApiError:
 def unavailable(message: str, code: str = "unavailable") -> ApiError:
     """Not now, but soon: the reply says when to try again."""
     return ApiError(503, code, message, {"Retry-After": str(RETRY_AFTER_S)})
+
+
+def error_reply(error: ApiError, headers: Headers) -> ErrorReply:
+    """Return what a client reads of an error; `headers`: the request's."""
+    request_id = headers.get("x-request-id") or uuid.uuid4().hex  # Serve's proxy gives every request one
+    return ErrorReply(error=ErrorDetail(code=error.code, message=error.message, request_id=request_id))
+
+
+def error_response(error: ApiError, headers: Headers) -> JSONResponse:
+    """Return the reply to a request that ended in an error; `headers`: the request's."""
+    return JSONResponse(error_reply(error, headers).model_dump(), error.status, error.headers)
 
 
 def sentence(errors: Sequence[Any]) -> str:
