@@ -20,6 +20,7 @@ from mixer_platform.errors import ConfigError
 from mixer_platform.simulate.config import SimulateConfig
 
 _TEXT: tuple[Any, ...] = (str, str | None)
+_HOST = r"^(\*\.[a-z0-9-]+\.)?([a-z0-9-]+\.)*[a-z0-9-]*[a-z][a-z0-9-]*$"  # a name in lower case, no address
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _NULLS = ("null", "Null", "NULL", "~")
 
@@ -176,6 +177,13 @@ class ServeConfig(Section):
     cors_origins: tuple[Annotated[str, Field(pattern=r"^(\*|https?://[^/]+)$")], ...] = Field(
         (), description="origins, such as https://shop.example, whose pages may ask; *: any"
     )
+
+    fetch_hosts: tuple[Annotated[str, Field(pattern=_HOST)], ...] = Field(
+        (), description="hosts, or *.shop.example, whose photos a search may name by URL; none: photos are sent"
+    )
+    fetch_http: bool = Field(False, description="fetch over http:// too, where anybody on the way may change the photo")
+    fetch_ports: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = (80, 443)
+    fetch_timeout_s: float = Field(5, gt=0, description="from the first look-up to the last byte")
 
 
 class RunConfig(Section):

@@ -310,6 +310,12 @@ def test_without_a_ring_nobody_is_asked_for_a_key() -> None:
     assert TestClient(api).get("/v1/search").text == "nobody"
 
 
+def test_an_empty_ring_lets_nobody_in() -> None:
+    api = Starlette(routes=[Route("/v1/search", told)])
+    add_guards(api, (), [])
+    assert TestClient(api).get("/v1/search").status_code == 401
+
+
 # --- rates
 
 
