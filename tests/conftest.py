@@ -13,6 +13,14 @@ import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported; a token left in ~/.ray does no harm
 
+from mixer_platform.serve.ingress import own_ports, prepare
+
+os.environ.update({name: value for name, value in own_ports().items() if name not in os.environ})
+os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")  # nobody else asks
+SERVE = prepare()
+# Only here, for Serve's local testing mode knows no other: its handles await what another loop answers.
+os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
+
 import ray
 
 from mixer.config import ModelConfig
@@ -29,7 +37,7 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *["red", "green", "blue",
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A small Ray cluster on this machine, with the checkout importable in its workers."""
-    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "platform")])}
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "platform")]), **SERVE}
     ray.init(
         num_cpus=4,
         include_dashboard=False,

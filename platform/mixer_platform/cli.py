@@ -23,10 +23,16 @@ from mixer_platform.errors import MixerError
 Job = Callable[[RunConfig], Mapping[str, Any]]
 
 
-def main(job: Job | Mapping[str, Job], description: str | None, on_ray: bool | Collection[str] = True) -> RunConfig:
+def main(
+    job: Job | Mapping[str, Job],
+    description: str | None,
+    on_ray: bool | Collection[str] = True,
+    environment: Mapping[str, str] | None = None,
+) -> RunConfig:
     """Parse the command line, connect to Ray, run `job`, print its report as one JSON object; return the configuration.
 
     Of several jobs by name the command line says which, by default the first; `on_ray` then names those that need Ray.
+    `environment` is handed to every process that Ray starts for the job.
 
     Whatever else is printed, also after this returns, goes to stderr. Exit status: 0 done, 1 a MixerError, 2 a wrong
     configuration.
@@ -49,7 +55,7 @@ def main(job: Job | Mapping[str, Job], description: str | None, on_ray: bool | C
     try:
         config = load_config(arguments.config, overrides)
         if on_ray:
-            connect()
+            connect(environment)
         report = job(config)
     except Exception as error:  # Ray wraps what its tasks and its trainers meet
         cause = mixer_error_in(error)
@@ -60,8 +66,10 @@ def main(job: Job | Mapping[str, Job], description: str | None, on_ray: bool | C
     return config
 
 
-def connect() -> None:
+def connect(environment: Mapping[str, str] | None = None) -> None:
     """Join the Ray cluster of RAY_ADDRESS or of this machine; start one on this machine if there is none.
+
+    `environment` is what its workers get besides their machine's.
 
     Raises MixerError if the cluster that RAY_ADDRESS or `ray start` named cannot be joined.
     """
@@ -79,7 +87,8 @@ def connect() -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
             if not address.startswith("ray://"):
                 GcsClient(address=address)  # refused for want of a token, it says so
-        ray.init(logging_level=logging.WARNING, log_to_driver=True)
+        runtime = {"env_vars": dict(environment)} if environment else None
+        ray.init(logging_level=logging.WARNING, log_to_driver=True, runtime_env=runtime)
     except AuthenticationError as error:
         raise MixerError(
             f"{place}: the Ray cluster there asks for its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"

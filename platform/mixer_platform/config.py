@@ -160,14 +160,24 @@ class ServeConfig(Section):
     ingress: ReplicasConfig = ReplicasConfig()
     encoder: ReplicasConfig = ReplicasConfig()
     shard: ReplicasConfig = ReplicasConfig()
-    encoder_threads: int = Field(1, ge=1)
-    max_batch: int = Field(16, ge=1, description="photos encoded together")
-    batch_wait_ms: float = Field(2, ge=0)
+    layout: Literal["auto", "beside", "deployments"] = Field(
+        "auto", description="shards beside the encoder in each replica, or as deployments of their own; auto: by size"
+    )
+    beside: Size = Field(2 * 10**9, description="auto: vectors up to this size are searched beside the encoder")
+    encoder_threads: int = Field(2, ge=1, description="of one encoder, for a batch of photos")
+    concurrent_batches: int = Field(2, ge=1, description="batches that an encoder, or a replica, has in work at a time")
+    max_batch: int = Field(8, ge=1, description="photos encoded together, of those that wait")
+    max_queued: int = Field(32, ge=1, description="photos waiting in a replica before new ones get 503")
+    timeout_ms: float = Field(5000, gt=0, description="what a request may take; a client may ask for less")
+    follow_s: float = Field(2, ge=0, description="seconds from look to look at index/CURRENT; 0: never")
+    lost_shard: Literal["degrade", "fail"] = Field(
+        "degrade", description="where a shard does not answer: the items of the others, marked, or 503"
+    )
+    min_probability: float = Field(0, ge=0, le=1, description="items less likely the same product are not shown")
     max_k: int = Field(1000, ge=1)
     max_photos: int = Field(64, ge=1, description="photos in one batch request")
     max_body_mb: float = Field(10, gt=0)
     mapped: bool = Field(False, description="leave vectors on disk, mapped into memory as they are searched")
-    max_queued: int = Field(256, ge=1, description="requests waiting before new ones get 503")
     keep_up: bool = Field(True, description="stay until interrupted, then stop serving; false: leave it to the cluster")
     same_look: float = Field(
         0.95, gt=0, le=1, description="cosine from which listings are near-identical, for group_by=look"

@@ -23,7 +23,7 @@ from mixer_platform.errors import InputError, MixerError, StorageError
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run.yaml").write_text("data: d\nworkspace: w\n")
     monkeypatch.setattr("sys.argv", ["job", "--config", str(tmp_path / "run.yaml"), "train.epochs=9"])
-    monkeypatch.setattr(cli, "connect", lambda: None)
+    monkeypatch.setattr(cli, "connect", lambda environment: None)
     monkeypatch.setattr("sys.stdout", sys.stdout)  # main() takes it away for good
 
 

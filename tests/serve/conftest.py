@@ -20,7 +20,7 @@ from mixer.embedder import QUERY_GRAPH, SETTINGS, QueryEmbedder
 from mixer.images import decode
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
-from mixer_platform.gallery import KIND, ShardEntry, publish_current
+from mixer_platform.gallery import CURRENT, KIND, ShardEntry, publish_current
 from mixer_platform.index.embeddings import embedding_column
 from mixer_platform.index.segments import new_index, write_segment
 from mixer_platform.item_ids import assign_ids
@@ -40,8 +40,12 @@ class Workspace:
     embeddings: np.ndarray
 
     @property
+    def root(self) -> Path:
+        return Path(self.config.workspace)
+
+    @property
     def model_folder(self) -> Path:
-        return Path(self.config.workspace) / "models" / MODEL
+        return self.root / "models" / MODEL
 
     def exact(self, query: np.ndarray, k: int) -> list[str]:
         """Return the k nearest items of all, by one matrix product; equal scores by smaller id."""
@@ -61,11 +65,14 @@ def make_photo(seed: int, size: tuple[int, int] = (40, 30), kind: str = "JPEG") 
     return file.getvalue()
 
 
-def write_model(folder: Path, dim: int = DIM) -> None:
-    """Save a query graph: mean colours of 4 x 4 blocks, about 0, of length 1."""
+def write_model(folder: Path, dim: int = DIM, negative: bool = False) -> None:
+    """Save a query graph: mean colours of 4 x 4 blocks, about 0, of length 1; or the negative of that.
+
+    A query of one and an index of the other find what is least alike.
+    """
     nodes = [
         helper.make_node("Cast", ["pixels"], ["floats"], to=TensorProto.FLOAT),
-        helper.make_node("Sub", ["floats", "grey"], ["centred"]),
+        helper.make_node("Sub", ["grey", "floats"] if negative else ["floats", "grey"], ["centred"]),
         helper.make_node("Transpose", ["centred"], ["channels"], perm=[0, 3, 1, 2]),
         helper.make_node("AveragePool", ["channels"], ["blocks"], kernel_shape=[4, 4], strides=[4, 4]),
         helper.make_node("Flatten", ["blocks"], ["flat"]),
@@ -86,7 +93,7 @@ def write_model(folder: Path, dim: int = DIM) -> None:
 
 
 def write_shard(folder: Path, name: str, ids: np.ndarray, item_ids: list[str], embeddings: np.ndarray) -> dict:
-    """Write one shard and return its entry in the manifest."""
+    """Write one shard of the index version whose folder it is, and return its entry in the manifest."""
     hashed = assign_ids([item_ids[i] for i in ids], {})
     order = np.argsort(hashed)
     ids = ids[order]
@@ -101,31 +108,33 @@ def write_shard(folder: Path, name: str, ids: np.ndarray, item_ids: list[str], e
         }
     )
     table = table.append_column("embedding", embedding_column(embeddings[ids]))
-    entry, _ = write_segment(folder, INDEX, name, faiss.serialize_index(new_index("Flat", DIM)), [table])
+    entry, _ = write_segment(folder, folder.name, name, faiss.serialize_index(new_index("Flat", DIM)), [table])
     return ShardEntry(name=name, count=len(ids), segments=[entry]).model_dump()
 
 
-def make_workspace(root: Path, **serve: object) -> Workspace:
-    """Publish a model and an index of ITEMS items in SHARDS shards; items 3 and 4 have equal embeddings."""
+def publish_version(
+    root: Path, model: str = MODEL, index: str = INDEX, shards: int = SHARDS, negative: bool = False
+) -> tuple[list[str], np.ndarray]:
+    """Publish a model and an index of ITEMS items, not yet as the current one; items 3 and 4 have equal embeddings."""
     storage = open_storage(str(root))
-    write_model(root / "models" / MODEL)
-    versions.publish(storage, "models", MODEL, {"metrics": {}})
+    write_model(root / "models" / model, negative=negative)
+    versions.publish(storage, "models", model, {"metrics": {}})
     item_ids = [ODD_ID if i == 7 else f"item-{i:03}" for i in range(ITEMS)]
-    embedder = QueryEmbedder(root / "models" / MODEL)
+    embedder = QueryEmbedder(root / "models" / model)
     embeddings = embedder(np.stack([embedder.preprocess(decode(make_photo(i))) for i in range(ITEMS)]))
     embeddings[4] = embeddings[3]
-    folder = root / KIND / INDEX
+    folder = root / KIND / index
     folder.mkdir(parents=True)
     content = {
-        "model": MODEL,
+        "model": model,
         "embeddings": "embeddings-a",
         "dim": DIM,
         "metric": "inner_product",
         "factory": "Flat",
         "search": {},
         "shards": [
-            write_shard(folder, f"shard-{n:05}", np.arange(n, ITEMS, SHARDS), item_ids, embeddings)
-            for n in range(SHARDS)
+            write_shard(folder, f"shard-{n:05}", np.arange(n, ITEMS, shards), item_ids, embeddings)
+            for n in range(shards)
         ],
         "items": ITEMS,
         "without_picture": [],
@@ -133,9 +142,21 @@ def make_workspace(root: Path, **serve: object) -> Workspace:
         "recall_at_10": 1.0,
         "recall_queries": 0,
     }
-    versions.publish(storage, KIND, INDEX, content)
-    publish_current(storage, INDEX, replaces=None)
-    config = RunConfig.model_validate({"data": str(root), "workspace": str(root), "serve": serve})
+    versions.publish(storage, KIND, index, content)
+    return item_ids, embeddings
+
+
+def serve_version(root: Path, index: str) -> None:
+    """Make an index version the current one."""
+    storage = open_storage(str(root))
+    publish_current(storage, index, replaces=storage.tag(CURRENT))
+
+
+def make_workspace(root: Path, **serve: object) -> Workspace:
+    """Publish a model and an index, and make it the current one."""
+    item_ids, embeddings = publish_version(root)
+    serve_version(root, INDEX)
+    config = RunConfig.model_validate({"data": str(root), "workspace": str(root), "serve": {"keys": False, **serve}})
     return Workspace(config, item_ids, embeddings)
 
 
@@ -147,12 +168,12 @@ def photo() -> Callable[..., bytes]:
 @pytest.fixture
 def fresh_workspace(tmp_path: Path) -> Workspace:
     """One that a test may break."""
-    return make_workspace(tmp_path / "workspace", port=0)
+    return make_workspace(tmp_path / "workspace", port=0, follow_s=0.1)
 
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """Nobody writes to it."""
     return make_workspace(
-        tmp_path_factory.mktemp("workspace"), port=0, max_k=50, max_photos=4, max_body_mb=1, batch_wait_ms=0
+        tmp_path_factory.mktemp("workspace"), port=0, max_k=50, max_photos=4, max_body_mb=1, follow_s=0.1
     )

@@ -8,7 +8,6 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 from typing import Any
 
 import jsonschema
@@ -17,37 +16,38 @@ import pytest
 from ray import serve
 from starlette.testclient import TestClient
 
-from mixer_platform.gallery import read_manifest
 from mixer_platform.serve.api import create_api
-from mixer_platform.serve.deployments import QueryEncoder, ShardSearch
+from mixer_platform.serve.engine import Engine
 from mixer_platform.serve.errors import ApiError
+from mixer_platform.serve.loading import open_beside
+from mixer_platform.serve.parts import Deployed, QueryEncoder, ShardSearch
 from mixer_platform.serve.payload import BodyLimit
 from mixer_platform.serve.service import SearchService
-from mixer_platform.storage import open_storage
+from mixer_platform.serve.swap import Swapper, check
 
 Photo = Callable[..., bytes]
 
 
-@pytest.fixture(scope="module")
-def client(workspace: Any) -> Iterator[TestClient]:
-    config = workspace.config
-    manifest = read_manifest(open_storage(config.workspace))
-    arguments = (config.workspace, manifest.model, config.serve)
-    encoder = serve.run(serve.deployment(QueryEncoder).bind(*arguments), _local_testing_mode=True)
-    shards = {
-        entry.name: serve.run(
-            serve.deployment(ShardSearch).bind(config.workspace, entry, manifest.search, config.serve),
-            _local_testing_mode=True,
-        )
-        for entry in manifest.shards
-    }
-    # Ray 2.60: @serve.batch asks for the replica it runs in, and in local testing mode there is none.
-    replica = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=1000))
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        TestClient(create_api(SearchService(manifest, encoder, shards), config.serve)) as client,
-    ):
-        patch.setattr(serve, "get_replica_context", lambda: replica)
+@pytest.fixture(scope="module", params=["beside", "deployments"])
+def client(workspace: Any, request: pytest.FixtureRequest) -> Iterator[TestClient]:
+    """The service with its parts beside it, or behind the handles of deployments."""
+    config, version = workspace.config, "index-a"
+    engine = open_beside(config, version)
+    if request.param == "deployments":
+        index, settings = engine.index, config.serve
+
+        def run(implementation: type, *arguments: Any) -> Any:
+            return serve.run(serve.deployment(implementation).bind(*arguments), _local_testing_mode=True)
+
+        encoder = run(QueryEncoder, config.workspace, index.model, settings)
+        shards = {
+            entry.name: run(ShardSearch, config.workspace, entry, index.search, settings) for entry in index.shards
+        }
+        engine = Engine(index, Deployed(encoder, shards))
+    swapper = Swapper(engine, lambda: version, None)  # type: ignore[arg-type]
+    service = SearchService(swapper, config.serve)
+    asyncio.run(check(engine))
+    with TestClient(create_api(service, config)) as client:
         yield client
 
 
@@ -102,11 +102,14 @@ def test_a_reply_holds_items_versions_and_timings(client: TestClient, photo: Pho
         "id": "item-005",
         "title": "Item 5",
         "score": pytest.approx(1, abs=1e-3),
+        "probability": None,
         "attributes": {"description": "The item number 5", "image": "images/5.jpg", "price": 2.5},
     }
     timings = reply["timings_ms"]
-    assert 0 < timings["encode"] < timings["total"]
-    assert timings["total"] == pytest.approx(timings["encode"] + timings["search"], abs=0.01)
+    assert timings["encode"] > 0
+    assert timings["search"] > 0
+    assert timings["total"] >= timings["encode"] + timings["search"]
+    assert (reply["next_offset"], reply["nothing_similar"], reply["degraded"]) == (10, False, False)
 
 
 def test_null_columns_are_left_out_and_nan_is_null(client: TestClient, photo: Photo):
@@ -250,9 +253,65 @@ def test_a_batch_has_one_to_max_photos(client: TestClient, photo: Photo, count: 
 
 
 def test_a_body_of_another_type_is_415(client: TestClient, photo: Photo):
-    reply = client.post("/v1/search", content=photo(1), headers={"content-type": "image/jpeg"})
-    message = error_of(reply, 415, "unsupported_media_type")
-    assert message == "content type 'image/jpeg'; send multipart/form-data or application/json"
+    kinds = "multipart/form-data, application/json"
+    for path, known in (("/v1/search", f"{kinds}, image/jpeg, image/png, image/webp"), ("/v1/search/batch", kinds)):
+        reply = client.post(path, content=photo(1), headers={"content-type": "image/gif"})
+        message = error_of(reply, 415, "unsupported_media_type")
+        assert message == f"content type 'image/gif'; send {known}"
+
+
+def test_a_bare_picture_takes_its_options_from_the_query_string(client: TestClient, workspace: Any, photo: Photo):
+    for kind in ("jpeg", "png", "webp"):
+        query = photo(9, kind=kind.upper())
+        reply = client.post("/v1/search?k=4&offset=2", content=query, headers={"content-type": f"image/{kind}"})
+        assert ids(reply) == workspace.exact(workspace.embed(query), 6)[2:]
+    reply = client.post("/v1/search?limit=4", content=photo(9), headers={"content-type": "image/jpeg"})
+    assert error_of(reply, 422, "invalid_request") == "limit is not a known field"
+
+
+def test_pages_follow_one_another_to_the_end(client: TestClient, workspace: Any, photo: Photo):
+    query, found, offset = photo(12), [], 0
+    while offset is not None:
+        reply = search(client, query, k=20, offset=offset)
+        found += ids(reply)
+        offset = reply.json()["next_offset"]
+        if offset == 40:  # max_k is 50
+            break
+    assert found == workspace.exact(workspace.embed(query), 40)
+    beyond = error_of(search(client, query, k=20, offset=40), 422, "invalid_request")
+    assert beyond == "offset 40 and k 20 reach beyond 50 items; ask for less"
+
+
+def test_a_request_that_has_no_time_is_503_at_once(client: TestClient, photo: Photo):
+    headers = {"x-request-timeout-ms": "0"}
+    reply = client.post("/v1/search", files={"photo": photo(1)}, headers=headers)
+    assert error_of(reply, 503, "deadline_exceeded") == "no answer within the time that the request allowed; try again"
+    assert reply.headers["retry-after"] == "1"
+    reply = client.get("/v1/items/item-003/similar", headers={"x-request-timeout-ms": "soon"})
+    expected = "x-request-timeout-ms is 'soon'; send a number of milliseconds"
+    assert error_of(reply, 422, "invalid_request") == expected
+
+
+def test_an_item_is_shown(client: TestClient):
+    assert client.get("/v1/items/item-005").json() == {
+        "id": "item-005",
+        "title": "Item 5",
+        "attributes": {"description": "The item number 5", "image": "images/5.jpg", "price": 2.5},
+    }
+    assert error_of(client.get("/v1/items/nothing"), 404, "unknown_item") == "index index-a holds no item 'nothing'"
+
+
+def test_the_status_says_what_answers(client: TestClient):
+    assert client.get("/v1/status").json() == {
+        "model": "model-a",
+        "index": "index-a",
+        "items": 60,
+        "shards": 3,
+        "calibrated": False,
+        "waiting": 0,
+        "loading": None,
+        "last_swap": None,
+    }
 
 
 @pytest.mark.parametrize("announced", [True, False])
@@ -297,12 +356,15 @@ def test_openapi_describes_replies_and_both_kinds_of_body(client: TestClient, ph
         "/v1/search",
         "/v1/search/batch",
         "/v1/items/{item_id}/similar",
+        "/v1/items/{item_id}",
+        "/v1/attributes",
+        "/v1/status",
         "/healthz",
         "/readyz",
     }
     operation = page["paths"]["/v1/search"]["post"]
     content = operation["requestBody"]["content"]
-    assert set(content) == {"multipart/form-data", "application/json"}
+    assert {"multipart/form-data", "application/json", "image/jpeg"} < set(content)
     assert content["application/json"]["schema"]["properties"]["k"]["maximum"] == 50
     jsonschema.validate({"image": as_json(photo(1)), "k": 3}, content["application/json"]["schema"])
     assert set(operation["responses"]) == {"200", "413", "415", "422", "503"}

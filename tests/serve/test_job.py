@@ -20,16 +20,14 @@ from ray import serve as ray_serve
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import ConfigError, MixerError, StorageError, VersionError
-from mixer_platform.gallery import read_manifest
 from mixer_platform.serve import job
 from mixer_platform.serve.app import application, build
-from mixer_platform.storage import open_storage
 
 Photo = Callable[..., bytes]
 
 
 def application_of(config: RunConfig) -> ray_serve.Application:
-    return application(config, read_manifest(open_storage(config.workspace)))
+    return application(config)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +57,7 @@ def test_the_report_says_what_is_served(report: dict[str, Any]):
 
 def test_deployments_are_separate_and_autoscaled(report: dict[str, Any]):
     deployments = ray_serve.status().applications["mixer"].deployments
-    assert set(deployments) == {"Ingress", "QueryEncoder", "shard-00000", "shard-00001", "shard-00002"}
+    assert set(deployments) == {"Ingress"}
 
 
 def test_multipart_and_json_search_over_http(http: httpx.Client, workspace: Any, photo: Photo):
@@ -154,15 +152,15 @@ def test_what_is_missing_is_named(fresh_workspace: Any, file: str, sentence: str
 
 def test_bounds_of_replicas_are_checked(fresh_workspace: Any):
     config = RunConfig.model_validate(
-        {**fresh_workspace.config.model_dump(), "serve": {"shard": {"min_replicas": 5, "max_replicas": 2}}}
+        {**fresh_workspace.config.model_dump(), "serve": {"keys": False, "shard": {"min_replicas": 5, "max_replicas": 2}}}
     )
-    with pytest.raises(ConfigError, match="shard-00000: min_replicas 5 is above max_replicas 2"):
+    with pytest.raises(ConfigError, match=r"serve\.shard: min_replicas 5 is above max_replicas 2"):
         application_of(config)
 
 
 def test_the_builder_reads_the_configuration_and_its_overrides(fresh_workspace: Any, tmp_path: Path):
     path = tmp_path / "run.yaml"
-    path.write_text("data: nowhere\nworkspace: nowhere\n")
+    path.write_text("data: nowhere\nworkspace: nowhere\nserve: {keys: off}\n")
     args = {"config": str(path), "workspace": fresh_workspace.config.workspace, "serve.encoder.cpus": 0.1}
     assert isinstance(build(args), ray_serve.Application)
     with pytest.raises(StorageError, match="no index is published"):

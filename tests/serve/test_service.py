@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from starlette.testclient import TestClient
 
-from mixer_platform.config import ServeConfig
+from mixer_platform.config import RunConfig
 from mixer_platform.gallery import MISSING
-from mixer_platform.serve import service
-from mixer_platform.serve.api import create_api
-from mixer_platform.serve.service import Found, SearchService, merge
+from mixer_platform.serve import api
+from mixer_platform.serve.engine import Engine, merge
+from mixer_platform.serve.errors import unavailable
+from mixer_platform.serve.parts import ATTEMPTS, Deployed, Found
+from mixer_platform.serve.service import SearchService
+from mixer_platform.serve.swap import Swapper
+
+DIM = 4
 
 
 def found(rng: np.random.Generator, ids: np.ndarray, queries: int, k: int) -> Found:
@@ -28,14 +35,17 @@ def found(rng: np.random.Generator, ids: np.ndarray, queries: int, k: int) -> Fo
     if len(ids) < k:  # as FAISS pads
         best = np.pad(best, ((0, 0), (0, k - len(ids))), constant_values=np.finfo(np.float32).min)
         best_ids = np.pad(best_ids, ((0, 0), (0, k - len(ids))), constant_values=MISSING)
-    return Found(best, best_ids, {int(i): {"item_id": str(i)} for i in ids})
+    rows = np.unique(best_ids[best_ids != MISSING])
+    return Found(best, best_ids, pa.table({"id": rows, "item_id": [str(row) for row in rows]}))
 
 
 @pytest.mark.parametrize("k", [1, 4, 9, 40])
 def test_merge_equals_sorting_everything(k: int):
     rng = np.random.default_rng(k)
     parts = [found(rng, np.arange(n, 23, 3), queries=6, k=k) for n in range(3)]
-    merged = merge(parts, k)
+    scores, ids, rows = merge(parts, k)
+    assert rows["item_id"].to_pylist() == [str(identity) for identity in rows["id"].to_pylist()]
+    assert set(ids[ids != MISSING].tolist()) <= set(rows["id"].to_pylist())
     for query in range(6):
         pairs = [
             (-score, item)
@@ -43,18 +53,45 @@ def test_merge_equals_sorting_everything(k: int):
             for score, item in zip(part.scores[query].tolist(), part.ids[query].tolist(), strict=True)
             if item != MISSING
         ]
-        assert [(-item.score, int(item.id)) for item in merged[query]] == sorted(pairs)[:k]
+        merged = [
+            (-score, item)
+            for score, item in zip(scores[query].tolist(), ids[query].tolist(), strict=True)
+            if item != MISSING
+        ]
+        assert merged == sorted(pairs)[:k]
+
+
+def test_shards_of_different_columns_merge():
+    one = Found(np.ones((1, 1), np.float32), np.array([[2]]), pa.table({"id": [2], "item_id": ["two"], "size": [1]}))
+    other = Found(np.zeros((1, 1), np.float32), np.array([[1]]), pa.table({"id": [1], "item_id": ["one"], "x": ["y"]}))
+    _, ids, rows = merge([one, other], 5)
+    assert ids.tolist() == [[2, 1]]
+    assert rows.to_pylist() == [
+        {"id": 1, "item_id": "one", "size": None, "x": "y"},
+        {"id": 2, "item_id": "two", "size": 1, "x": None},
+    ]
 
 
 class FakeHandle:
-    """A deployment that answers every method in one way."""
+    """A deployment whose methods are answered by functions, in turn; the last one stays."""
 
-    def __init__(self, answer: Callable[[], Any]) -> None:
-        self.cancelled = False
-        self._answer = answer
+    def __init__(self, *answers: Callable[..., Any]) -> None:
+        self.calls: list[str] = []
+        self.cancelled = 0
+        self._answers = answers
 
     def __getattr__(self, method: str) -> Any:
-        return SimpleNamespace(remote=lambda *_: self)
+        def remote(*arguments: Any, expires: float) -> Any:
+            answer = self._answers[min(len(self.calls), len(self._answers) - 1)]
+            self.calls.append(method)
+            return _Response(self, lambda: answer(*arguments))
+
+        return SimpleNamespace(remote=remote)
+
+
+class _Response:
+    def __init__(self, handle: FakeHandle, answer: Callable[[], Any]) -> None:
+        self._handle, self._answer = handle, answer
 
     def __await__(self) -> Any:
         async def respond() -> Any:
@@ -66,61 +103,129 @@ class FakeHandle:
         return respond().__await__()
 
     def cancel(self) -> None:
-        self.cancelled = True
+        self._handle.cancelled += 1
 
 
-def client_of(encoder: FakeHandle, **shards: FakeHandle) -> TestClient:
-    index: Any = SimpleNamespace(version="index-a", model="model-a", dim=4)
-    handles: Any = shards
-    api = create_api(SearchService(index, encoder, handles), ServeConfig())  # type: ignore[arg-type]
-    return TestClient(api, raise_server_exceptions=False)
+def encode(photos: list[bytes] | None = None) -> Any:
+    return True if photos is None else (np.ones((len(photos), DIM), np.float32), [None] * len(photos))
 
 
-READY = FakeHandle(lambda: True)
-FULL = FakeHandle(lambda: BackPressureError(9, 8))
-GONE = FakeHandle(lambda: RayActorError())
+def shard(item: int) -> Callable[..., Any]:
+    """Return what answers as a shard that holds one item."""
+
+    def answer(*arguments: Any) -> Any:
+        if len(arguments) != 3:  # ready, or vector
+            return True if not arguments else np.ones(DIM, np.float32)
+        rows = pa.table({"id": [item], "item_id": [f"item-{item}"]})
+        queries = len(arguments[0])
+        return Found(np.ones((queries, 1), np.float32), np.full((queries, 1), item), rows)
+
+    return answer
 
 
-@pytest.fixture(autouse=True)
-def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "PROBE_TIMEOUT_S", 0.05)
+def full(*_: Any) -> Exception:
+    return BackPressureError(9, 8)
+
+
+def gone(*_: Any) -> Exception:
+    return RayActorError()
+
+
+def hangs(*_: Any) -> Any:
+    return asyncio.sleep(60)
+
+
+def client_of(encoder: FakeHandle, *shards: FakeHandle, **serve: Any) -> TestClient:
+    config = RunConfig.model_validate({"data": "", "workspace": "", "serve": {"follow_s": 0, "keys": False, **serve}})
+    index: Any = SimpleNamespace(version="index-a", model="model-a", dim=DIM, items=9, shards=shards)
+    handles: Any = {f"shard-{number}": handle for number, handle in enumerate(shards)}
+    engine = Engine(index, Deployed(encoder, handles), degrade=config.serve.lost_shard == "degrade")  # type: ignore[arg-type]
+    service = SearchService(Swapper(engine, lambda: "index-a", None), config.serve)  # type: ignore[arg-type]
+    return TestClient(api.create_api(service, config), raise_server_exceptions=False)
+
+
+def search(client: TestClient, **headers: str) -> Any:
+    return client.post("/v1/search", files={"photo": b"x"}, headers=headers)
 
 
 @pytest.mark.parametrize(
-    ("encoder", "code", "message"),
+    ("answer", "code", "message", "calls"),
     [
-        (FULL, "saturated", "QueryEncoder has too many requests waiting; try again"),
-        (GONE, "unavailable", "QueryEncoder is not available just now; try again"),
+        (full, "saturated", "QueryEncoder has too many requests waiting; try again", 1),
+        (gone, "unavailable", "QueryEncoder is not available just now; try again", ATTEMPTS),
     ],
 )
-def test_a_full_or_missing_part_is_503_with_retry_after(encoder: FakeHandle, code: str, message: str):
-    reply = client_of(encoder).post("/v1/search", files={"photo": b"x"})
+def test_a_full_or_missing_encoder_is_503_with_retry_after(answer: Any, code: str, message: str, calls: int):
+    encoder = FakeHandle(answer)
+    reply = search(client_of(encoder, FakeHandle(shard(1))))
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
     error = reply.json()["error"]
     assert (error["code"], error["message"]) == (code, message)
+    assert len(encoder.calls) == calls
 
 
-def test_a_part_that_hangs_is_503_and_its_request_is_cancelled(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(service, "ANSWER_TIMEOUT_S", 0.05)
-    encoder = FakeHandle(lambda: asyncio.sleep(60))
-    reply = client_of(encoder).post("/v1/search", files={"photo": b"x"})
+def test_a_call_whose_replica_died_is_answered_by_another():
+    encoder, first = FakeHandle(gone, gone, encode), FakeHandle(gone, shard(1))
+    reply = search(client_of(encoder, first, FakeHandle(shard(2))))
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["degraded"] is False
+    assert (encoder.calls, first.calls) == (["encode"] * 3, ["search"] * 2)
+
+
+def test_a_part_that_hangs_is_503_when_time_is_up_and_its_request_is_cancelled():
+    encoder = FakeHandle(hangs)
+    began = time.monotonic()
+    reply = search(client_of(encoder, FakeHandle(shard(1))), **{"x-request-timeout-ms": "50"})
     assert reply.status_code == 503
-    assert reply.json()["error"]["message"] == "QueryEncoder did not answer within 0.05 s; try again"
-    assert encoder.cancelled
+    assert time.monotonic() - began < 30
+    assert encoder.cancelled == 1
 
 
 def test_a_bug_is_500_without_its_trace():
-    reply = client_of(FakeHandle(lambda: RuntimeError("secret"))).post("/v1/search", files={"photo": b"x"})
+    reply = search(client_of(FakeHandle(lambda *_: RuntimeError("secret")), FakeHandle(shard(1))))
     assert reply.status_code == 500
     assert reply.json()["error"]["code"] == "internal"
     assert "secret" not in reply.text
 
 
-def test_readiness_names_what_is_missing_and_health_does_not_care():
-    slow = FakeHandle(lambda: asyncio.sleep(60))
-    client = client_of(READY, **{"shard-00000": READY, "shard-00001": GONE, "shard-00002": slow})
+@pytest.mark.parametrize("lost", [gone, hangs])
+def test_without_a_shard_the_reply_is_degraded_and_names_it(lost: Any):
+    client = client_of(FakeHandle(encode), FakeHandle(shard(1)), FakeHandle(lost))
+    reply = search(client, **{"x-request-timeout-ms": "200"}).json()
+    assert [item["id"] for item in reply["items"]] == ["item-1"]
+    assert (reply["degraded"], reply["missing_shards"]) == (True, ["shard-1"])
+
+
+def test_without_a_shard_by_the_other_policy_or_without_any_it_is_503():
+    strict = client_of(FakeHandle(encode), FakeHandle(shard(1)), FakeHandle(gone), lost_shard="fail")
+    empty = client_of(FakeHandle(encode), FakeHandle(gone))
+    for client, name in ((strict, "shard-1"), (empty, "shard-0")):
+        reply = search(client)
+        assert reply.status_code == 503
+        assert reply.json()["error"]["message"] == f"{name} is not available just now; try again"
+
+
+def test_an_item_that_no_shard_knows_may_be_in_a_lost_one():
+    client = client_of(FakeHandle(encode), FakeHandle(lambda *_: None), FakeHandle(gone))
+    reply = client.get("/v1/items/thing/similar")
+    assert (reply.status_code, reply.json()["error"]["message"]) == (503, "shard-1 cannot be asked just now; try again")
+
+
+def test_what_a_deployment_refuses_keeps_its_sentence():
+    encoder = FakeHandle(lambda *_: unavailable("busy", code="saturated"))
+    reply = search(client_of(encoder, FakeHandle(shard(1))))
+    assert (reply.status_code, reply.json()["error"]["code"], reply.json()["error"]["message"]) == (
+        503,
+        "saturated",
+        "busy",
+    )
+
+
+def test_readiness_names_what_is_missing_and_health_does_not_care(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(api, "PROBE_S", 0.05)
+    client = client_of(FakeHandle(encode), FakeHandle(shard(1)), FakeHandle(gone), FakeHandle(hangs))
     reply = client.get("/readyz")
     assert (reply.status_code, reply.headers["retry-after"]) == (503, "1")
-    assert reply.json()["error"]["message"] == "not ready: shard-00001, shard-00002"
+    assert reply.json()["error"]["message"] == "not ready: shard-1, shard-2"
     assert client.get("/healthz").status_code == 200
-    assert client_of(READY, shard=READY).get("/readyz").status_code == 200
+    assert client_of(FakeHandle(encode), FakeHandle(shard(1))).get("/readyz").status_code == 200

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from mixer_platform.errors import MixerError
 from mixer_platform.loopback import open_url
+from mixer_platform.serve.ingress import own_ports
 from mixer_platform.versions import commit
 
 ROOT = Path(__file__).parents[3]
@@ -54,6 +55,7 @@ class LocalCluster:
             **dict.fromkeys(("no_proxy", "NO_PROXY"), _past_proxies()),
             "PATH": f"{programs or Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONUNBUFFERED": "1",
+            **own_ports(),
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nobody else asks the service: end at once
             "MIXER_COMMIT": commit(ROOT) or "",  # jobs get the files, not the repository
             "HF_HUB_OFFLINE": "1",  # the demo's encoders are packages

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-import uuid
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from mixer_platform.config import ServeConfig
-from mixer_platform.serve.errors import ApiError, invalid, sentence, unavailable
+from mixer_platform.config import RunConfig
+from mixer_platform.serve.engine import Engine, Ranking
+from mixer_platform.serve.errors import ApiError, error_reply, error_response, invalid, sentence, unavailable
+from mixer_platform.serve.fetch import Fetcher
+from mixer_platform.serve.keys import KeyRing, add_guards
 from mixer_platform.serve.payload import (
-    DEFAULT_K,
     BodyLimit,
-    check_k,
-    k_schema,
+    query_parameters,
     read_batch,
+    read_options,
     read_search,
     request_body,
 )
-from mixer_platform.serve.schemas import BatchReply, ErrorDetail, ErrorReply, PhotoItems, SearchReply, Status
-from mixer_platform.serve.service import SearchService
+from mixer_platform.serve.schemas import (
+    AttributesReply,
+    BatchReply,
+    ErrorReply,
+    ItemDetails,
+    Page,
+    SearchReply,
+    Status,
+    StatusReply,
+)
+from mixer_platform.serve.service import SearchService, timings
 
 Responses = dict[int | str, dict[str, Any]]
 _INVALID: Responses = {422: {"model": ErrorReply, "description": "Something in the request is wrong"}}
@@ -30,40 +45,110 @@ _UNAVAILABLE: Responses = {503: {"model": ErrorReply, "description": "Not now; R
 _UNKNOWN: Responses = {404: {"model": ErrorReply, "description": "No such item"}}
 _BODY: Responses = {
     413: {"model": ErrorReply, "description": "The body is too large"},
-    415: {"model": ErrorReply, "description": "Neither multipart nor JSON"},
+    415: {"model": ErrorReply, "description": "A body of another type"},
 }
+TIMEOUT_HEADER = "x-request-timeout-ms"
+PROBE_S = 2.0
 
 
-def create_api(service: SearchService, config: ServeConfig) -> FastAPI:
-    """Return the HTTP API over `service`."""
-    api = FastAPI(title="Mixer", description="Visual search: a photo in, similar items out.", version="1")
+def create_api(service: SearchService, run: RunConfig, ring: KeyRing | None = None) -> FastAPI:
+    """Return the HTTP API over `service`; with a `ring`, for those who have one of its keys."""
+    config = run.serve
+    fetcher = Fetcher(config)
+
+    @asynccontextmanager
+    async def lifespan(api: FastAPI) -> AsyncIterator[None]:
+        following = asyncio.create_task(service.swapper.follow(config.follow_s)) if config.follow_s else None
+        yield
+        if following:
+            following.cancel()
+        await fetcher.close()
+
+    api = FastAPI(
+        title="Mixer", description="Visual search: a photo in, similar items out.", version="1", lifespan=lifespan
+    )
     api.add_middleware(BodyLimit, max_bytes=int(config.max_body_mb * 1e6))
     _add_error_handlers(api)
-    any_k = Query(DEFAULT_K, json_schema_extra=k_schema(config))
-    served = {"model": service.index.model, "index": service.index.version}
+    options_in_query = {"parameters": query_parameters(config)}
 
-    @api.post("/v1/search", responses=_INVALID | _BODY | _UNAVAILABLE, openapi_extra=request_body(config))
-    async def search(request: Request) -> SearchReply:
+    def expires(request: Request) -> float:
+        asked = request.headers.get(TIMEOUT_HEADER)
+        try:
+            allowed = config.timeout_ms if asked is None else min(float(asked), config.timeout_ms)
+        except ValueError:
+            raise invalid(f"{TIMEOUT_HEADER} is {asked!r}; send a number of milliseconds") from None
+        return time.time() + allowed / 1000
+
+    @api.post(
+        "/v1/search",
+        response_model=SearchReply,
+        responses=_INVALID | _BODY | _UNAVAILABLE,
+        openapi_extra=request_body(config),
+    )
+    async def search(request: Request) -> Response:
         """Find the items that look like a photo."""
-        photo, k = await read_search(request, config)
-        (items,), timings = await service.search([photo], k)
-        if isinstance(items, ApiError):
-            raise items
-        return SearchReply(items=items, timings_ms=timings, **served)
+        began, until = time.time(), expires(request)
+        service.batcher.refuse_if_full()  # before the body is read, parsed and held
+        photo, options = await read_search(request, config, fetcher)
+        (answer,) = await service.search([photo], options, until)
+        if isinstance(answer, ApiError):
+            raise answer
+        page, ranking = answer
+        return _json(_reply(SearchReply, ranking.engine, [ranking], began, **_fields(page)))
 
-    @api.post("/v1/search/batch", responses=_INVALID | _BODY | _UNAVAILABLE, openapi_extra=request_body(config, True))
-    async def search_batch(request: Request) -> BatchReply:
+    @api.post(
+        "/v1/search/batch",
+        response_model=BatchReply,
+        responses=_INVALID | _BODY | _UNAVAILABLE,
+        openapi_extra=request_body(config, batch=True),
+    )
+    async def search_batch(request: Request) -> Response:
         """Search for several photos; one that cannot be used gets an error in its place."""
-        photos, k = await read_batch(request, config)
-        found, timings = await service.search(photos, k)
-        results = [_error(request, each) if isinstance(each, ApiError) else PhotoItems(items=each) for each in found]
-        return BatchReply(results=results, timings_ms=timings, **served)
+        began, until = time.time(), expires(request)
+        service.batcher.refuse_if_full()
+        photos, options = await read_batch(request, config)
+        answers = await service.search(photos, options, until)
+        results = [error_reply(each, request.headers) if isinstance(each, ApiError) else each[0] for each in answers]
+        rankings = [each[1] for each in answers if not isinstance(each, ApiError)]
+        engine = rankings[0].engine if rankings else service.engine
+        return _json(_reply(BatchReply, engine, rankings, began, results=results))
 
-    @api.get("/v1/items/{item_id:path}/similar", responses=_INVALID | _UNKNOWN | _UNAVAILABLE)
-    async def similar(item_id: str, k: int = any_k) -> SearchReply:
+    @api.get(
+        "/v1/items/{item_id:path}/similar",
+        response_model=SearchReply,
+        responses=_INVALID | _UNKNOWN | _UNAVAILABLE,
+        openapi_extra=options_in_query,
+    )
+    async def similar(request: Request, item_id: str) -> Response:
         """Find the items that are like an item; the item itself is left out."""
-        items, timings = await service.similar(item_id, check_k(k, config))
-        return SearchReply(items=items, timings_ms=timings, **served)
+        began, until = time.time(), expires(request)
+        page, ranking = await service.similar(item_id, read_options(request, config), until)
+        return _json(_reply(SearchReply, ranking.engine, [ranking], began, **_fields(page)))
+
+    @api.get("/v1/items/{item_id:path}", responses=_INVALID | _UNKNOWN | _UNAVAILABLE)
+    async def item(request: Request, item_id: str) -> ItemDetails:
+        """Show an item."""
+        return ItemDetails.from_row(await service.item(item_id, expires(request)))
+
+    @api.get("/v1/attributes")
+    async def attributes() -> AttributesReply:
+        """List the columns that a filter may name, and what they hold."""
+        return AttributesReply(attributes=service.engine.attributes)
+
+    @api.get("/v1/status")
+    async def status() -> StatusReply:
+        """Say which version answers in this replica, and how the last try to bring in another one ended."""
+        index, swapper = service.engine.index, service.swapper
+        return StatusReply(
+            model=index.model,
+            index=index.version,
+            items=index.items,
+            shards=len(index.shards),
+            calibrated=service.engine.calibration is not None,
+            waiting=service.batcher.waiting,
+            loading=swapper.loading,
+            last_swap=swapper.last_swap,
+        )
 
     @api.get("/healthz")
     async def healthz() -> Status:
@@ -73,18 +158,40 @@ def create_api(service: SearchService, config: ServeConfig) -> FastAPI:
     @api.get("/readyz", responses=_UNAVAILABLE)
     async def readyz() -> Status:
         """Say whether the encoder and every shard answer."""
-        missing = await service.unready()
+        missing = await service.engine.unready(time.time() + PROBE_S)
         if missing:
             raise unavailable(f"not ready: {', '.join(missing)}", code="not_ready")
         return Status()
 
+    add_guards(api, ring, config.cors_origins)
     return api
+
+
+def _fields(page: Page) -> dict[str, Any]:
+    return {"items": page.items, "next_offset": page.next_offset, "nothing_similar": page.nothing_similar}
+
+
+def _reply(kind: type[BaseModel], engine: Engine, rankings: list[Ranking], began: float, **fields: Any) -> BaseModel:
+    missing = sorted({shard for ranking in rankings for shard in ranking.missing_shards})
+    return kind.model_construct(
+        model=engine.index.model,
+        index=engine.index.version,
+        timings_ms=timings(rankings, began),
+        degraded=bool(missing),
+        missing_shards=missing,
+        **fields,
+    )
+
+
+def _json(reply: BaseModel) -> Response:
+    """Write a reply that was made here, so needs no check, at a tenth of the time that FastAPI takes to check it."""
+    return Response(reply.model_dump_json(), media_type="application/json")
 
 
 def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(ApiError)
     async def expected(request: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(_error(request, error).model_dump(), error.status, error.headers)
+        return error_response(error, request.headers)
 
     @api.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -99,8 +206,3 @@ def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         return await expected(request, ApiError(500, "internal", "the server failed; its log has this request's id"))
-
-
-def _error(request: Request, error: ApiError) -> ErrorReply:
-    request_id = request.headers.get("x-request-id") or uuid.uuid4().hex  # Serve's proxy gives every request one
-    return ErrorReply(error=ErrorDetail(code=error.code, message=error.message, request_id=request_id))

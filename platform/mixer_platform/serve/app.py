@@ -1,23 +1,23 @@
-"""Bind the graph: `Ingress` over one `QueryEncoder` and one `ShardSearch` a shard, each autoscaled on its own."""
+"""Bind the graph: `Ingress`, each replica all of the service, or in front of encoder and shards that scale alone."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from typing import Any
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
 
-from mixer.embedder import QUERY_GRAPH, SETTINGS
-from mixer_platform import gallery, versions
 from mixer_platform.config import ReplicasConfig, RunConfig, load_config
-from mixer_platform.errors import ConfigError, StorageError, VersionError
-from mixer_platform.gallery import IndexManifest, check_model, read_manifest
-from mixer_platform.serve.deployments import MODELS, Ingress, QueryEncoder, ShardSearch
+from mixer_platform.errors import ConfigError
+from mixer_platform.serve.deployments import Backend, Backends, Ingress
 from mixer_platform.serve.errors import RETRY_AFTER_S
-from mixer_platform.serve.service import ENCODER
-from mixer_platform.storage import Storage, open_storage
+from mixer_platform.serve.keys import key_ring
+from mixer_platform.serve.loading import are_beside, read_checked, wished
+from mixer_platform.serve.parts import ENCODER, QueryEncoder, ShardSearch
+from mixer_platform.storage import open_storage
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -29,40 +29,47 @@ def build(args: dict[str, Any]) -> serve.Application:
         raise ConfigError("args of mixer_platform.serve.app:build: config is missing; give the path of a run's YAML")
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in args.items()}
     overrides = [f"{key}={text}" for key, text in texts.items() if key != "config"]
-    config = load_config(args["config"], overrides)
-    return application(config, read_manifest(open_storage(config.workspace), config.serve.index))
+    return application(load_config(args["config"], overrides))
 
 
-def application(config: RunConfig, manifest: IndexManifest) -> serve.Application:
-    """Return the application that serves an index. Raises StorageError, VersionError and ConfigError."""
-    storage = open_storage(config.workspace)
-    if config.serve.model != "index":
-        check_model(manifest, config.serve.model)
-    _check(storage, manifest)
-    settings, workspace = config.serve, storage.uri
-    # Two batches: one is encoded while the next one gathers.
-    ongoing = 2 * settings.max_batch
-    queued = settings.max_queued
-    encoder = _deployment(QueryEncoder, ENCODER, settings.encoder, ongoing, queued)
-    shards = {
-        entry.name: _deployment(ShardSearch, entry.name, settings.shard, ongoing, queued).bind(
-            workspace, entry, manifest.search, settings
+def application(config: RunConfig) -> serve.Application:
+    """Return the application that serves the wished index. Raises StorageError, VersionError and ConfigError."""
+    settings = config.serve
+    key_ring(settings, os.environ)  # what is wrong there is better said here than by every replica
+    for name, replicas in (("ingress", settings.ingress), ("encoder", settings.encoder), ("shard", settings.shard)):
+        if replicas.min_replicas > replicas.max_replicas:
+            raise ConfigError(
+                f"serve.{name}: min_replicas {replicas.min_replicas} is above max_replicas {replicas.max_replicas}; "
+                "lower it"
+            )
+    version = wished(config)()
+    beside = are_beside(config, read_checked(open_storage(config.workspace), config, version))
+    # Room for more than the queue holds: it refuses first, as JSON; Serve says it in text.
+    room = 4 * (settings.max_queued + settings.max_batch)
+    ingress = _deployment(Ingress, "Ingress", settings.ingress, room)
+    if beside:
+        return ingress.bind(config, version, True)
+    backends = serve.deployment(name="Backends", ray_actor_options={"num_cpus": 0}, health_check_period_s=2)(Backends)
+    return ingress.bind(config, version, False, backends.bind(config))
+
+
+def backend(config: RunConfig, version: str) -> serve.Application:
+    """Return the application of an index version's encoder and shards. Raises StorageError, VersionError."""
+    storage, settings = open_storage(config.workspace), config.serve
+    manifest = read_checked(storage, config, version)
+    ongoing = settings.concurrent_batches
+    encoder = _deployment(QueryEncoder, ENCODER, settings.encoder, ongoing)
+    shards = [
+        _deployment(ShardSearch, entry.name, settings.shard, 4 * ongoing).bind(
+            storage.uri, entry, manifest.search, settings
         )
         for entry in manifest.shards
-    }
-    # Room for more than the encoders and their queue hold: they refuse first, as JSON; Serve's proxy says it in text.
-    room = 2 * (queued + ongoing * settings.encoder.max_replicas)
-    ingress = _deployment(Ingress, "Ingress", settings.ingress, room, room)
-    return ingress.bind(settings, manifest, encoder.bind(workspace, manifest.model, settings), shards)
+    ]
+    root = serve.deployment(name="Backend", ray_actor_options={"num_cpus": 0})(Backend)
+    return root.bind(encoder.bind(storage.uri, manifest.model, settings), *shards)
 
 
-def _deployment(
-    implementation: type, name: str, replicas: ReplicasConfig, ongoing: int, queued: int
-) -> serve.Deployment:
-    if replicas.min_replicas > replicas.max_replicas:
-        raise ConfigError(
-            f"{name}: min_replicas {replicas.min_replicas} is above max_replicas {replicas.max_replicas}; lower it"
-        )
+def _deployment(implementation: type, name: str, replicas: ReplicasConfig, ongoing: int) -> serve.Deployment:
     return serve.deployment(
         name=name,
         ray_actor_options={"num_cpus": replicas.cpus},
@@ -72,30 +79,10 @@ def _deployment(
             target_ongoing_requests=replicas.target_ongoing_requests,
         ),
         max_ongoing_requests=max(ongoing, math.ceil(replicas.target_ongoing_requests)),
-        max_queued_requests=queued,
+        max_queued_requests=ongoing * 64,
         backpressure_config=BackpressureConfig(retry_after_s=RETRY_AFTER_S),
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=5,
+        health_check_period_s=2,
         max_constructor_retry_count=3,  # what stops a replica (a broken file) will stop the next one too
     )(implementation)
-
-
-def _check(storage: Storage, manifest: IndexManifest) -> None:
-    """Find what would stop every replica here, where it can be said in one sentence."""
-    check_model(manifest, versions.require(storage, MODELS, manifest.model)["version"])
-    model = f"{MODELS}/{manifest.model}"
-    segments = [part for entry in manifest.shards for part in entry.segments]
-    present = storage.list(model)
-    for version in {part.version for part in segments}:
-        present |= storage.list(f"{gallery.KIND}/{version}")
-    needed = [f"{model}/{name}" for name in (QUERY_GRAPH, SETTINGS)]
-    needed += [f"{gallery.KIND}/{part.version}/{name}" for part in segments for name in part.files]
-    for key in needed:
-        if key not in present:
-            raise StorageError(f"{storage.uri}/{key}: missing; copy it again, or publish that version again")
-    dim = json.loads(storage.read(f"{model}/{SETTINGS}"))["dim"]
-    if dim != manifest.dim:
-        raise VersionError(
-            f"index {manifest.version} holds embeddings of {manifest.dim} dimensions, model {manifest.model} makes "
-            f"{dim}: run jobs/index.py with index.model={manifest.model} first"
-        )

@@ -1,129 +1,95 @@
-"""The three deployments: `QueryEncoder`, `ShardSearch` (one a shard) and `Ingress`."""
+"""The deployments: `Ingress` answers over HTTP; where shards are not beside it, `Backends` brings up what it asks."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import time
 
-import faiss
-import numpy as np
 from fastapi import FastAPI
 from ray import serve
-from ray.serve.handle import DeploymentHandle
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
-from mixer.embedder import QUERY_GRAPH, SETTINGS, QueryEmbedder
-from mixer.images import UnreadableImage, decode
-from mixer_platform import gallery, versions
-from mixer_platform.config import ServeConfig
-from mixer_platform.gallery import MISSING, IndexManifest, Shard, ShardEntry
+from mixer_platform.config import RunConfig
+from mixer_platform.errors import MixerError
 from mixer_platform.serve.api import create_api
-from mixer_platform.serve.service import Found, SearchService
-from mixer_platform.storage import LocalStorage, open_storage
+from mixer_platform.serve.engine import Engine
+from mixer_platform.serve.keys import key_ring
+from mixer_platform.serve.loading import backend_name, is_running, open_beside, open_deployed, wished
+from mixer_platform.serve.service import SearchService
+from mixer_platform.serve.swap import Swapper, check
 
-MODELS = "models"
+OLD_FOR_S = 60.0  # deployments of a version stay after the next one runs, until every ingress has gone over
 
-
-class QueryEncoder:
-    """Photos to unit embeddings; photos of requests that arrive together are encoded together."""
-
-    def __init__(self, workspace: str, model: str, config: ServeConfig) -> None:
-        folder = fetch(workspace, f"{MODELS}/{model}", (QUERY_GRAPH, SETTINGS))
-        self._embedder = QueryEmbedder(folder, config.encoder_threads)
-        # A pool of its own bounds how many large pictures are in memory at once.
-        self._decoders = ThreadPoolExecutor(config.encoder_threads, thread_name_prefix="decode")
-        # Wrapped here, not above the method: the queue of a decorated method is shared by all objects of the class.
-        self._embed = serve.batch(max_batch_size=config.max_batch, batch_wait_timeout_s=config.batch_wait_ms / 1000)(
-            self._embed_batch
-        )
-
-    async def encode(self, photos: Sequence[bytes]) -> tuple[np.ndarray, list[str | None]]:
-        """Return the embeddings float32 [m, dim] of the readable photos, and for all n None or why it is not."""
-        encoded = await asyncio.gather(*(self._encode(photo) for photo in photos))
-        embeddings = [result for result in encoded if not isinstance(result, str)]
-        reasons = [result if isinstance(result, str) else None for result in encoded]
-        return np.array(embeddings, np.float32).reshape(len(embeddings), self._embedder.dim), reasons
-
-    async def ready(self) -> bool:
-        """Answer."""
-        return True
-
-    async def _encode(self, photo: bytes) -> np.ndarray | str:
-        try:
-            pixels = await asyncio.get_running_loop().run_in_executor(self._decoders, self._pixels, photo)
-        except UnreadableImage as error:
-            return str(error)
-        return await self._embed(pixels)
-
-    def _pixels(self, photo: bytes) -> np.ndarray:
-        return self._embedder.preprocess(decode(photo))
-
-    async def _embed_batch(self, pixels: list[np.ndarray]) -> list[np.ndarray]:
-        return list(await asyncio.to_thread(self._embedder, np.stack(pixels)))
-
-
-class ShardSearch:
-    """One shard of the index."""
-
-    def __init__(self, workspace: str, entry: ShardEntry, search: Mapping[str, int], config: ServeConfig) -> None:
-        folders = {
-            part.version: fetch(workspace, f"{gallery.KIND}/{part.version}", part.files) for part in entry.segments
-        }
-        self._shard = Shard(folders, entry, search, mapped=config.mapped)
-        # OpenMP keeps its number of threads for each thread that calls it, so the searching thread must set its own.
-        self._searcher = ThreadPoolExecutor(1, "search", initializer=faiss.omp_set_num_threads, initargs=(1,))
-
-    async def search(self, queries: np.ndarray, k: int) -> Found:
-        """Return the k nearest items of this shard to queries float32 [n, dim], and their rows."""
-        return await asyncio.get_running_loop().run_in_executor(self._searcher, self._search, queries, k)
-
-    async def vector(self, item_id: str) -> np.ndarray | None:
-        """Return the embedding of an item, float32 [dim], or None if it is not in this shard."""
-        return self._shard.vector(item_id)
-
-    async def ready(self) -> bool:
-        """Answer."""
-        return True
-
-    def _search(self, queries: np.ndarray, k: int) -> Found:
-        scores, ids = self._shard.search(queries, max(1, min(k, self._shard.count)))
-        distinct = np.unique(ids[ids != MISSING])
-        return Found(scores, ids, dict(zip(distinct.tolist(), self._shard.items(distinct), strict=True)))
+log = logging.getLogger(__name__)
 
 
 @serve.ingress()
 class Ingress:
-    """The HTTP side: fans a query out and merges what comes back."""
+    """The HTTP side, and with shards beside it all of the service."""
 
-    def __init__(
-        self,
-        config: ServeConfig,
-        index: IndexManifest,
-        encoder: DeploymentHandle,
-        shards: Mapping[str, DeploymentHandle],
-    ) -> None:
-        self._api = create_api(SearchService(index, encoder, shards), config)
+    async def __init__(self, config: RunConfig, version: str, beside: bool, backends: object = None) -> None:  # type: ignore[misc]
+        """Open and check the index version. Raises MixerError."""
+        self._config, self._beside, self._ring = config, beside, key_ring(config.serve, os.environ)
+        engine = await self._load(version)
+        await check(engine)
+        self._swapper = Swapper(engine, wished(config), self._load)
+        self._service = SearchService(self._swapper, config.serve, None if beside else self._batches)
+        self._encoders = 1
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return self._api
+        return create_api(self._service, self._config, self._ring)
+
+    async def _load(self, version: str) -> Engine:
+        if self._beside:
+            return await asyncio.to_thread(open_beside, self._config, version)
+        return await open_deployed(self._config, version)
+
+    def _batches(self) -> int:
+        return self._config.serve.concurrent_batches
 
 
-def fetch(workspace: str, prefix: str, names: Iterable[str]) -> Path:
-    """Return a local folder with these files of a published version: its own folder, or a copy on this machine.
+class Backends:
+    """Keeps a Serve application of encoder and shards for the wished version, and for a while the one before."""
 
-    Replicas share the copy, and may make it at the same time. Raises StorageError.
-    """
-    storage = open_storage(workspace)
-    if isinstance(storage, LocalStorage):
-        return Path(storage.path(prefix))
-    cache = Path(tempfile.gettempdir()) / f"mixer-{os.getuid()}"
-    cache.mkdir(mode=0o700, exist_ok=True)
-    manifest = storage.tag(f"{prefix}/{versions.MANIFEST}")  # a workspace made anew may use a version's name again
-    folder = cache / versions.fingerprint(storage.uri, prefix, manifest)
-    for name in names:
-        if not (folder / name).exists():
-            storage.download(f"{prefix}/{name}", folder / name)
-    return folder
+    def __init__(self, config: RunConfig) -> None:
+        self._config, self._wished = config, wished(config)
+        self._since: dict[str, float] = {}  # when a version was last wished
+        self._task = asyncio.get_running_loop().create_task(self._follow())
+
+    async def _follow(self) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(self.look)
+            except (MixerError, RayServeException, RayError, ValueError) as error:
+                log.warning("deployments of the wished index: %s", error)
+            await asyncio.sleep(self._config.serve.follow_s or 2.0)
+
+    def look(self) -> None:
+        """Bring up what is wished, take down what has not been for a while."""
+        from mixer_platform.serve.app import backend
+
+        version = self._wished()
+        name, now = backend_name(version), time.monotonic()
+        running = serve.status().applications
+        if name not in running:
+            serve.run_many(
+                [serve.RunTarget(backend(self._config, version), name, route_prefix=None)],
+                wait_for_applications_running=False,
+            )
+        self._since[version] = now
+        if not is_running(name):
+            return
+        for old in [each for each in running if each.startswith(backend_name("")) and each != name]:
+            since = self._since.setdefault(old.removeprefix(backend_name("")), now)
+            if now - since > OLD_FOR_S:
+                serve.delete(old, _blocking=False)
+
+
+class Backend:
+    """The root of an index version's application: it holds encoder and shards together."""
+
+    def __init__(self, *parts: object) -> None:
+        pass

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from mixer_platform.serve.schemas import ErrorDetail, ErrorReply
 
 RETRY_AFTER_S = 1
+UNAVAILABLE = "unavailable"
 
 
 class ApiError(Exception):
@@ -21,6 +22,9 @@ class ApiError(Exception):
     def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.headers = status, code, message, headers
+
+    def __reduce__(self) -> tuple[type[ApiError], tuple[Any, ...]]:  # it travels from deployment to deployment
+        return type(self), (self.status, self.code, self.message, self.headers)
 
 
 def invalid(message: str) -> ApiError:
@@ -33,7 +37,7 @@ def unreadable(reason: str) -> ApiError:
     return ApiError(422, "unreadable_image", f"the photo cannot be used: {reason}")
 
 
-def unavailable(message: str, code: str = "unavailable") -> ApiError:
+def unavailable(message: str, code: str = UNAVAILABLE) -> ApiError:
     """Not now, but soon: the reply says when to try again."""
     return ApiError(503, code, message, {"Retry-After": str(RETRY_AFTER_S)})
 
@@ -47,6 +51,11 @@ def error_reply(error: ApiError, headers: Headers) -> ErrorReply:
 def error_response(error: ApiError, headers: Headers) -> JSONResponse:
     """Return the reply to a request that ended in an error; `headers`: the request's."""
     return JSONResponse(error_reply(error, headers).model_dump(), error.status, error.headers)
+
+
+def late() -> ApiError:
+    """The reply would have come after the request's deadline."""
+    return unavailable("no answer within the time that the request allowed; try again", code="deadline_exceeded")
 
 
 def sentence(errors: Sequence[Any]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import re
 import signal
 import socket
 import threading
@@ -22,10 +21,9 @@ from mixer_platform.errors import MixerError
 from mixer_platform.gallery import read_manifest
 from mixer_platform.loopback import open_url
 from mixer_platform.serve.app import application
+from mixer_platform.serve.loading import APPLICATION, START_TIMEOUT_S, backend_name, last_sentence, why_failed
 from mixer_platform.storage import open_storage
 
-APPLICATION = "mixer"
-START_TIMEOUT_S = 600.0
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 log = logging.getLogger(__name__)
@@ -37,13 +35,13 @@ def serve(config: RunConfig) -> dict[str, Any]:
     Running it again with the same cluster and port brings in another index or configuration. Raises MixerError.
     """
     started = time.monotonic()
+    app = application(config)
     manifest = read_manifest(open_storage(config.workspace), config.serve.index)
-    app = application(config, manifest)
     host, port = start_http(config.serve.host, config.serve.port)
     try:
         ray_serve.run_many([ray_serve.RunTarget(app, APPLICATION)], wait_for_applications_running=False)
     except (RayServeException, RayError, ValueError) as error:
-        raise MixerError(f"Ray Serve does not take the application: {_last_sentence(str(error))}") from error
+        raise MixerError(f"Ray Serve does not take the application: {last_sentence(str(error))}") from error
     _wait_until_running()
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     _wait_until_ready(url)
@@ -71,6 +69,9 @@ def wait_for_interrupt() -> None:
 def stop() -> None:
     """Take the application down, and Ray Serve with it if nothing else runs there."""
     ray_serve.delete(APPLICATION)
+    for name in ray_serve.status().applications:
+        if name.startswith(backend_name("")):
+            ray_serve.delete(name)
     if not ray_serve.status().applications:
         ray_serve.shutdown()
 
@@ -114,9 +115,7 @@ def _wait_until_running() -> None:
             return
         waiting = {name: each for name, each in status.deployments.items() if each.status != "HEALTHY"}
         if status.status == "DEPLOY_FAILED":
-            failed = {name: each for name, each in waiting.items() if each.status in ("DEPLOY_FAILED", "UNHEALTHY")}
-            name, message = next(((name, each.message) for name, each in failed.items()), (APPLICATION, status.message))
-            raise MixerError(f"{name} did not start: {_last_sentence(message)}")
+            raise MixerError(why_failed(APPLICATION, status))
         if time.monotonic() - said > 10:
             said = time.monotonic()
             log.info("waiting for %s", "; ".join(f"{name}: {each.message}" for name, each in waiting.items()))
@@ -137,9 +136,3 @@ def _wait_until_ready(url: str) -> None:
             if time.monotonic() > deadline:
                 raise MixerError(f"{url}/readyz: {error}; see the log of Ray Serve") from error
         time.sleep(0.1)
-
-
-def _last_sentence(message: str) -> str:
-    """Return the last line of a message that may hold a traceback, without the exception's type."""
-    lines = [line for line in message.splitlines() if line.strip()]
-    return re.sub(r"^[\w.]+(Error|Exception): ", "", lines[-1].strip()) if lines else "no reason given"

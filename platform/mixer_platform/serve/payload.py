@@ -1,22 +1,29 @@
-"""Read photos and k out of requests: multipart or JSON, never more bytes than allowed."""
+"""Read photos and options out of requests: multipart, JSON or a bare picture, never more bytes than allowed."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-from typing import Any, TypeVar
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
+import pyarrow as pa
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, ValidationError
-from starlette.datastructures import FormData, UploadFile
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mixer_platform.config import ServeConfig
+from mixer_platform.filters import FilterError, parse_filter
 from mixer_platform.serve.errors import ApiError, invalid, sentence, unreadable
+from mixer_platform.serve.fetch import Fetcher
+from mixer_platform.serve.grouping import LOOK
 
 DEFAULT_K = 10
 JSON, MULTIPART = "application/json", "multipart/form-data"
+PICTURES = ("image/jpeg", "image/png", "image/webp")
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -41,61 +48,100 @@ class BodyLimit:
         await self.app(scope, limited, send)
 
 
-class _SearchBody(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+def _json_text(value: Any) -> Any:
+    """Read a filter that came as text, in a form or a query string; anything else is left to be checked."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ValueError("should be a JSON object") from None
 
-    image: str
-    k: int = DEFAULT_K
+
+class Options(BaseModel):
+    """What a search may say beside what it searches for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    k: int = Field(DEFAULT_K, description="items on a page")
+    offset: int = Field(0, ge=0, description="items to pass over: a reply's next_offset")
+    filter: Annotated[dict[str, Any] | None, BeforeValidator(_json_text)] = Field(
+        None, description='what items must be like, such as {"brand": ["x"], "price": {"lte": 20}}'
+    )
+    group_by: str | None = Field(
+        None, description=f'an attribute: one item of each value; "{LOOK}": one of those that look alike'
+    )
+    min_probability: float | None = Field(None, ge=0, le=1, description="find nothing that is less likely the same")
+
+    def check(self, config: ServeConfig) -> Options:
+        """Return itself if it is within what the service allows. Raises ApiError."""
+        if not 1 <= self.k <= config.max_k:
+            raise invalid(f"k is {self.k}; it must be from 1 to {config.max_k}")
+        if self.offset + self.k > config.max_k:
+            raise invalid(f"offset {self.offset} and k {self.k} reach beyond {config.max_k} items; ask for less")
+        return self
+
+    def where(self, schema: pa.Schema) -> str | None:
+        """Return the filter in its one form, None for none. Raises ApiError if the items lack what it names."""
+        if not self.filter:
+            return None
+        try:
+            return parse_filter(self.filter, schema).text
+        except FilterError as error:
+            raise invalid(str(error)) from None
 
 
-class _BatchBody(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+class _SearchBody(Options):
+    image: str | None = None
+    url: str | None = None
 
+
+class _BatchBody(Options):
     images: list[str]
-    k: int = DEFAULT_K
 
 
-class _FormFields(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    k: int = DEFAULT_K
-
-
-async def read_search(request: Request, config: ServeConfig) -> tuple[bytes, int]:
-    """Return the photo and k of a search. Raises ApiError."""
+async def read_search(request: Request, config: ServeConfig, fetcher: Fetcher) -> tuple[bytes, Options]:
+    """Return the photo of a search, fetched if a URL names it, and its options. Raises ApiError."""
+    kind = _content_type(request, (MULTIPART, JSON, *PICTURES))
+    if kind in PICTURES:
+        return await request.body(), _validate(Options, request.query_params).check(config)
     _refuse_query(request)
-    if _content_type(request) == JSON:
+    if kind == JSON:
         body = _parse(_SearchBody, await request.body())
-        photo = _decode_base64(body.image)
+        options = _options(body).check(config)
+        if (body.image is None) == (body.url is None):
+            raise invalid("image is missing" if body.image is None else "image and url are both given; send one")
+        if body.url is not None:
+            return await fetcher.fetch(body.url), options
+        photo = _decode_base64(body.image or "")
         if isinstance(photo, ApiError):
             raise photo
-        return photo, check_k(body.k, config)
-    photos, k = await _read_form(request, "photo")
+        return photo, options
+    photos, options = await _read_form(request, "photo", config)
     if len(photos) != 1:
         raise invalid(f"{len(photos)} photos; a search takes one, /v1/search/batch takes several")
-    return photos[0], check_k(k, config)
+    return photos[0], options
 
 
-async def read_batch(request: Request, config: ServeConfig) -> tuple[list[bytes | ApiError], int]:
-    """Return the photos of a batch, an error in the place of one that is not base64, and k. Raises ApiError."""
+async def read_batch(request: Request, config: ServeConfig) -> tuple[list[bytes | ApiError], Options]:
+    """Return the photos of a batch, an error in the place of one that is not base64, and options. Raises ApiError."""
+    kind = _content_type(request, (MULTIPART, JSON))
     _refuse_query(request)
     photos: list[bytes | ApiError]
-    if _content_type(request) == JSON:
+    if kind == JSON:
         body = _parse(_BatchBody, await request.body())
-        photos, k = [_decode_base64(image) for image in body.images], body.k
+        photos, options = [_decode_base64(image) for image in body.images], _options(body).check(config)
     else:
-        uploads, k = await _read_form(request, "photos")
+        uploads, options = await _read_form(request, "photos", config)
         photos = [*uploads]
     if not 1 <= len(photos) <= config.max_photos:
         raise invalid(f"{len(photos)} photos; a batch takes 1 to {config.max_photos}")
-    return photos, check_k(k, config)
+    return photos, options
 
 
-def check_k(k: int, config: ServeConfig) -> int:
-    """Return k if it is allowed. Raises ApiError."""
-    if not 1 <= k <= config.max_k:
-        raise invalid(f"k is {k}; it must be from 1 to {config.max_k}")
-    return k
+def read_options(request: Request, config: ServeConfig) -> Options:
+    """Return the options of a request that has no body. Raises ApiError."""
+    return _validate(Options, request.query_params).check(config)
 
 
 def request_body(config: ServeConfig, batch: bool = False) -> dict[str, Any]:
@@ -103,27 +149,56 @@ def request_body(config: ServeConfig, batch: bool = False) -> dict[str, Any]:
     picture = "JPEG, PNG or WebP"
     file = {"type": "string", "contentMediaType": "application/octet-stream", "description": picture}
     text = {"type": "string", "contentEncoding": "base64", "description": picture}
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {
-                MULTIPART: {"schema": _schema("photos" if batch else "photo", file, config, batch)},
-                JSON: {"schema": _schema("images" if batch else "image", text, config, batch)},
-            },
-        }
+    content: dict[str, Any] = {
+        MULTIPART: {"schema": _schema({"photos" if batch else "photo": file}, config, batch)},
+        JSON: {"schema": _schema({"images" if batch else "image": text}, config, batch)},
     }
+    described: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
+    if not batch:
+        if config.fetch_hosts:
+            by_url = _schema({"url": {"type": "string", "format": "uri", "description": "of the photo"}}, config, False)
+            content[JSON]["schema"] = {"oneOf": [content[JSON]["schema"], by_url]}
+        content |= {kind: {"schema": {"type": "string", "format": "binary"}} for kind in PICTURES}
+        described["parameters"] = query_parameters(config, "With a bare picture as the body: ")
+    return described
 
 
-def k_schema(config: ServeConfig) -> dict[str, Any]:
-    """Return the JSON schema of k."""
-    return {"type": "integer", "minimum": 1, "maximum": config.max_k, "default": DEFAULT_K}
+def query_parameters(config: ServeConfig, when: str = "") -> list[dict[str, Any]]:
+    """Return OpenAPI's words for the options in a query string."""
+    described = []
+    for name, schema in _option_schemas(config).items():
+        parameter = {"name": name, "in": "query", "required": False, "description": when + schema.pop("description")}
+        if name == "filter":
+            described.append({**parameter, "content": {JSON: {"schema": schema}}})
+        else:
+            described.append({**parameter, "schema": schema})
+    return described
 
 
-def _schema(name: str, value: dict[str, Any], config: ServeConfig, batch: bool) -> dict[str, Any]:
+def _option_schemas(config: ServeConfig) -> dict[str, dict[str, Any]]:
+    described = {name: field.description for name, field in Options.model_fields.items()}
+    shapes: dict[str, dict[str, Any]] = {
+        "k": {"type": "integer", "minimum": 1, "maximum": config.max_k, "default": DEFAULT_K},
+        "offset": {"type": "integer", "minimum": 0, "maximum": config.max_k - 1, "default": 0},
+        "filter": {"type": "object"},
+        "group_by": {"type": "string"},
+        "min_probability": {"type": "number", "minimum": 0, "maximum": 1},
+    }
+    return {name: {**shape, "description": described[name]} for name, shape in shapes.items()}
+
+
+def _schema(photo: Mapping[str, dict[str, Any]], config: ServeConfig, batch: bool) -> dict[str, Any]:
     if batch:
-        value = {"type": "array", "items": value, "minItems": 1, "maxItems": config.max_photos}
-    properties = {name: value, "k": k_schema(config)}
-    return {"type": "object", "properties": properties, "required": [name], "additionalProperties": False}
+        photo = {
+            name: {"type": "array", "items": value, "minItems": 1, "maxItems": config.max_photos}
+            for name, value in photo.items()
+        }
+    properties = {**photo, **_option_schemas(config)}
+    return {"type": "object", "properties": properties, "required": list(photo), "additionalProperties": False}
+
+
+def _options(body: Options) -> Options:
+    return Options.model_construct(**{name: getattr(body, name) for name in Options.model_fields})
 
 
 def _refuse_query(request: Request) -> None:
@@ -131,18 +206,21 @@ def _refuse_query(request: Request) -> None:
         raise invalid(f"{name} is in the query string; send it as a field of the body, beside the photo")
 
 
-def _content_type(request: Request) -> str:
+def _content_type(request: Request, known: tuple[str, ...]) -> str:
     found = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if found not in (JSON, MULTIPART):
-        raise ApiError(415, "unsupported_media_type", f"content type {found!r}; send {MULTIPART} or {JSON}")
+    if found not in known:
+        raise ApiError(415, "unsupported_media_type", f"content type {found!r}; send {', '.join(known)}")
     return found
 
 
-async def _read_form(request: Request, field: str) -> tuple[list[bytes], int]:
+async def _read_form(request: Request, field: str, config: ServeConfig) -> tuple[list[bytes], Options]:
     try:
-        async with request.form() as form:
+        async with request.form(max_files=config.max_photos + 1, max_fields=16) as form:
             photos = [await _read_upload(part, field) for part in form.getlist(field)]
-            return photos, _parse_fields(form, field)
+            if field not in form:
+                raise invalid(f"{field} is missing")
+            fields = {name: value for name, value in form.items() if name != field}
+            return photos, _validate(Options, fields).check(config)
     except HTTPException as error:
         raise invalid(f"the multipart body cannot be read: {error.detail}") from None
 
@@ -153,11 +231,9 @@ async def _read_upload(part: UploadFile | str, field: str) -> bytes:
     return await part.read()
 
 
-def _parse_fields(form: FormData, field: str) -> int:
-    if field not in form:
-        raise invalid(f"{field} is missing")
+def _validate(model: type[Body], fields: Mapping[str, Any]) -> Body:
     try:
-        return _FormFields.model_validate({name: value for name, value in form.items() if name != field}).k
+        return model.model_validate(dict(fields))
     except ValidationError as error:
         raise invalid(sentence(error.errors())) from None
 

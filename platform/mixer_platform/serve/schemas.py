@@ -3,49 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 
-class Item(BaseModel):
-    """An item that was found."""
+class ItemDetails(BaseModel):
+    """An item as the catalogue shows it."""
 
     model_config = ConfigDict(ser_json_bytes="base64")
 
     id: str
     title: str | None
-    score: float = Field(description="cosine similarity of query and item, -1 to 1")
     attributes: dict[str, Any] = Field(description="the item's other columns, without nulls")
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any], score: float) -> Item:
+    def from_row(cls, row: Mapping[str, Any], **more: Any) -> Self:
         """Make an item of an index row's display columns."""
-        attributes = {name: value for name, value in row.items() if name not in ("item_id", "title")}
-        present = {name: value for name, value in attributes.items() if value is not None}
-        return cls(id=row["item_id"], title=row.get("title"), score=score, attributes=present)
+        attributes = {
+            name: value for name, value in row.items() if name not in ("id", "item_id", "title") and value is not None
+        }
+        return cls(id=row["item_id"], title=row.get("title"), attributes=attributes, **more)
+
+
+class Item(ItemDetails):
+    """An item that was found."""
+
+    score: float = Field(description="cosine similarity of query and item, -1 to 1")
+    probability: float | None = Field(
+        None, description="of being the same product, from the score; null until evaluate has calibrated the model"
+    )
 
 
 class Timings(BaseModel):
     """Milliseconds in the server."""
 
-    encode: float | None = Field(description="decoding and encoding the photos; null where none was sent")
+    encode: float | None = Field(description="decoding and encoding the photo; null where none was sent")
     search: float = Field(description="searching the shards and merging")
-    total: float
+    total: float = Field(description="all of it, with what the photo waited for its turn")
 
 
-class Versions(BaseModel):
+class Reply(BaseModel):
     """What a reply was computed with."""
 
     model: str = Field(description="version of the model")
     index: str = Field(description="version of the index")
     timings_ms: Timings
+    degraded: bool = Field(description="true where shards did not answer, and their items are missing")
+    missing_shards: list[str]
 
 
-class SearchReply(Versions):
+class Page(BaseModel):
     """The items nearest to one query, best first."""
 
     items: list[Item]
+    next_offset: int | None = Field(description="where the next page begins; null where there is none")
+    nothing_similar: bool = Field(description="true where nothing reaches the least probability that was asked for")
+
+
+class SearchReply(Page, Reply):
+    """One query's page."""
 
 
 class ErrorDetail(BaseModel):
@@ -62,19 +79,52 @@ class ErrorReply(BaseModel):
     error: ErrorDetail
 
 
-class PhotoItems(BaseModel):
-    """The items nearest to one photo of a batch, best first."""
-
-    items: list[Item]
-
-
-class BatchReply(Versions):
+class BatchReply(Reply):
     """One result a photo, in the order of the photos."""
 
-    results: list[PhotoItems | ErrorReply]
+    results: list[Page | ErrorReply]
+
+
+class Attribute(BaseModel):
+    """What the items hold in one column, for filters."""
+
+    name: str
+    kind: Literal["text", "number", "boolean"]
+    values: list[str] | None = Field(description="the most frequent texts, at most 20; null for other kinds")
+    min: float | str | None = Field(description="least number, or ISO text of the earliest time")
+    max: float | str | None
+
+
+class AttributesReply(BaseModel):
+    """The columns that a filter may name."""
+
+    attributes: list[Attribute]
 
 
 class Status(BaseModel):
     """The server is up."""
 
     status: str = "ok"
+
+
+class Swap(BaseModel):
+    """The last try to bring in another version."""
+
+    version: str = Field(description="of the index that was to answer")
+    replaces: str = Field(description="the version that answered till then")
+    ended_ms: int = Field(description="when it ended, Unix time in milliseconds")
+    seconds: float
+    error: str | None = Field(description="why the version before stays; null where the new one answers")
+
+
+class StatusReply(BaseModel):
+    """What answers in this replica."""
+
+    model: str
+    index: str
+    items: int
+    shards: int
+    calibrated: bool
+    waiting: int = Field(description="photos in the queue")
+    loading: str | None = Field(description="version that is being loaded")
+    last_swap: Swap | None

@@ -1,118 +1,178 @@
-"""A query's way through the graph: encode, ask every shard, merge. Knows handles, knows no HTTP."""
+"""A query's way through the service: wait for its turn, be answered by one engine, become a page of items."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Mapping, Sequence
-from time import perf_counter
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, RayServeException
-from ray.serve.handle import DeploymentHandle
+import pyarrow as pa
 
-from mixer_platform.gallery import MISSING, IndexManifest, merge_top_k
-from mixer_platform.serve.errors import ApiError, unavailable, unreadable
-from mixer_platform.serve.schemas import Item, Timings
-
-ANSWER_TIMEOUT_S = 60.0  # long enough for a deployment that was scaled to zero
-PROBE_TIMEOUT_S = 2.0
-ENCODER = "QueryEncoder"
-
-log = logging.getLogger(__name__)
-
-
-class Found(NamedTuple):
-    """What one shard found for n queries: scores and ids [n, k'] as `Shard.search` gives them, and rows by id."""
-
-    scores: np.ndarray
-    ids: np.ndarray
-    rows: dict[int, dict[str, Any]]
-
-
-def merge(found: Sequence[Found], k: int) -> list[list[Item]]:
-    """Return the k best items of n queries over all shards, best first; fewer where there are fewer."""
-    rows = {item: row for part in found for item, row in part.rows.items()}
-    scores, ids = merge_top_k([(part.scores, part.ids) for part in found], k)
-    return [
-        [Item.from_row(rows[item], score) for score, item in zip(*best, strict=True) if item != MISSING]
-        for best in zip(scores.tolist(), ids.tolist(), strict=True)
-    ]
+from mixer_platform.config import ServeConfig
+from mixer_platform.item_ids import probes
+from mixer_platform.serve.batching import Batcher
+from mixer_platform.serve.engine import Engine, Query, Ranking
+from mixer_platform.serve.errors import ApiError, invalid, late
+from mixer_platform.serve.grouping import LOOK, depths, first_of_each, first_of_each_look
+from mixer_platform.serve.payload import Options
+from mixer_platform.serve.schemas import Item, Page, Timings
+from mixer_platform.serve.swap import Swapper
 
 
 class SearchService:
-    """Search an index whose encoder and shards answer through `handles`."""
+    """Answer queries by whatever engine `swapper` holds when their turn comes."""
 
-    def __init__(self, index: IndexManifest, encoder: DeploymentHandle, shards: Mapping[str, DeploymentHandle]) -> None:
-        self.index = index
-        self._encoder, self._shards = encoder, shards
-
-    async def search(self, photos: Sequence[bytes | ApiError], k: int) -> tuple[list[list[Item] | ApiError], Timings]:
-        """Return for each photo its k nearest items, or why it cannot be used. Raises ApiError."""
-        started = perf_counter()
-        embeddings, errors = await self._encode(photos)
-        encoded = perf_counter()
-        found = iter(await self._nearest(embeddings, k) if len(embeddings) else [])
-        return [error or next(found) for error in errors], _timings(started, encoded)
-
-    async def similar(self, item_id: str, k: int) -> tuple[list[Item], Timings]:
-        """Return the k items nearest to an item, itself left out. Raises ApiError, 404 if there is no such item."""
-        started = perf_counter()
-        vectors = await self._ask_shards("vector", item_id)
-        vector = next((vector for vector in vectors if vector is not None), None)
-        if vector is None:
-            raise ApiError(404, "unknown_item", f"index {self.index.version} holds no item {item_id!r}")
-        (items,) = await self._nearest(vector[np.newaxis], k + 1)
-        return [item for item in items if item.id != item_id][:k], _timings(started)
-
-    async def unready(self) -> list[str]:
-        """Return the deployments that do not answer now."""
-        parts = {ENCODER: self._encoder, **self._shards}
-        probes = [_answer(name, handle.ready.remote(), PROBE_TIMEOUT_S) for name, handle in parts.items()]
-        answers = await asyncio.gather(*probes, return_exceptions=True)
-        return [name for name, answer in zip(parts, answers, strict=True) if answer is not True]
-
-    async def _encode(self, photos: Sequence[bytes | ApiError]) -> tuple[np.ndarray, list[ApiError | None]]:
-        """Return the embeddings of the photos that can be used, and for all of them None or the error."""
-        whole = [photo for photo in photos if isinstance(photo, bytes)]
-        embeddings, reasons = await _answer(ENCODER, self._encoder.encode.remote(whole), ANSWER_TIMEOUT_S)
-        errors = iter([unreadable(reason) if reason else None for reason in reasons])
-        return embeddings, [photo if isinstance(photo, ApiError) else next(errors) for photo in photos]
-
-    async def _nearest(self, queries: np.ndarray, k: int) -> list[list[Item]]:
-        return merge(await self._ask_shards("search", queries, k), k)
-
-    async def _ask_shards(self, method: str, *arguments: Any) -> list[Any]:
-        responses = {name: getattr(shard, method).remote(*arguments) for name, shard in self._shards.items()}
-        return await asyncio.gather(
-            *(_answer(name, response, ANSWER_TIMEOUT_S) for name, response in responses.items())
+    def __init__(self, swapper: Swapper, config: ServeConfig, concurrent: Callable[[], int] | None = None) -> None:
+        """`concurrent`: how many batches may be in work at a time; default: as configured."""
+        self.swapper, self._config = swapper, config
+        self.batcher: Batcher[Query, Ranking | ApiError] = Batcher(
+            self._answer, config.max_batch, concurrent or (lambda: config.concurrent_batches), config.max_queued
         )
 
+    @property
+    def engine(self) -> Engine:
+        """The engine that answers now."""
+        return self.swapper.engine
 
-async def _answer(part: str, response: Any, timeout_s: float) -> Any:
-    """Wait for a deployment's response; every way to be away becomes a 503, what the deployment raises stays."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            return await response
-    except RayTaskError:
-        raise
-    except BackPressureError:
-        raise unavailable(f"{part} has too many requests waiting; try again", code="saturated") from None
-    except TimeoutError:
-        response.cancel()
-        raise unavailable(f"{part} did not answer within {timeout_s:g} s; try again") from None
-    except (RayError, RayServeException) as error:
-        log.warning("%s: %r", part, error)
-        raise unavailable(f"{part} is not available just now; try again") from None
+    async def search(
+        self, photos: Sequence[bytes | ApiError], options: Options, expires: float
+    ) -> list[tuple[Page, Ranking] | ApiError]:
+        """Return for each photo its page and how it was ranked, or why it cannot be used.
+
+        Raises ApiError: 422 for options that the index does not know, 503 where there is no answer by `expires`.
+        """
+        where = options.where(self.engine.schema)
+        self._check(options)
+        whole = [photo for photo in photos if not isinstance(photo, ApiError)]
+        queries = [Query(photo, None, next(self._depths(options)), where, expires) for photo in whole]
+        async with _until(expires):
+            rankings = iter(await self.batcher(queries, expires) if queries else [])
+            answers = [photo if isinstance(photo, ApiError) else next(rankings) for photo in photos]
+            return [
+                answer if isinstance(answer, ApiError) else await self._page(answer, options, expires)
+                for answer in answers
+            ]
+
+    async def similar(self, item_id: str, options: Options, expires: float) -> tuple[Page, Ranking]:
+        """Return the page of the items nearest to an item, itself left out. Raises ApiError, 404 for no such item."""
+        where = options.where(self.engine.schema)
+        self._check(options)
+        async with _until(expires):
+            engine = self.engine
+            vector = await engine.vector(item_id, expires)
+            if vector is None:
+                raise unknown_item(engine, item_id)
+            query = Query(None, vector, next(self._depths(options, more=1)), where, expires)
+            (ranking,) = await self.batcher([query], expires)
+            if isinstance(ranking, ApiError):
+                raise ranking
+            return await self._page(ranking, options, expires, without=item_id)
+
+    async def item(self, item_id: str, expires: float) -> dict[str, Any]:
+        """Return an item's display columns. Raises ApiError, 404 without such an item."""
+        async with _until(expires):
+            engine = self.engine
+            row = await engine.item(item_id, expires)
+            if row is None:
+                raise unknown_item(engine, item_id)
+            return row
+
+    async def _answer(self, queries: list[Query]) -> list[Ranking | ApiError]:
+        return await self.engine.answer(queries)
+
+    def _check(self, options: Options) -> None:
+        names = [name for name in self.engine.schema.names if name not in ("id", "item_id")]
+        if options.group_by not in (None, LOOK, *names):
+            raise invalid(f"group_by is {options.group_by!r}; it must be {LOOK} or one of {', '.join(names)}")
+        if options.min_probability and self.engine.calibration is None:
+            raise invalid("min_probability: this model's scores are not calibrated; run jobs/evaluate.py")
+
+    def _depths(self, options: Options, more: int = 0) -> Iterator[int]:
+        """Yield how many items to ask for: one more than is shown, which tells whether there is a next page; where
+        some turn out to be alike, more and more."""
+        shown, most = options.offset + options.k + 1, self._config.max_k + 1
+        for depth in depths(shown, most) if options.group_by else [shown]:
+            yield depth + more
+
+    async def _page(
+        self, ranking: Ranking, options: Options, expires: float, without: str | None = None
+    ) -> tuple[Page, Ranking]:
+        shown = options.offset + options.k
+        deeper = self._depths(options, more=without is not None)
+        asked = next(deeper)
+        while True:
+            kept = await self._kept(ranking, options, expires, without)
+            exhausted = len(ranking.ids) < asked
+            if len(kept) > shown or exhausted or (depth := next(deeper, None)) is None:
+                break
+            asked = depth
+            query = Query(None, ranking.vector, asked, options.where(ranking.engine.schema), expires)
+            (answer,) = await ranking.engine.answer([query])
+            assert isinstance(answer, Ranking)
+            ranking = replace(answer, encode_ms=ranking.encode_ms)
+        calibration = ranking.engine.calibration
+        probabilities = calibration.probability(ranking.scores) if calibration else None
+        likely = kept
+        least = max(options.min_probability or 0, self._config.min_probability)
+        if probabilities is not None and least:
+            likely = kept[probabilities[kept] >= least]
+        places = likely[options.offset : shown]
+        items = [
+            Item.from_row(
+                row,
+                score=float(ranking.scores[place]),
+                probability=None if probabilities is None else float(probabilities[place]),
+            )
+            for place, row in zip(places.tolist(), ranking.rows.take(places).to_pylist(), strict=True)
+        ]
+        more = len(likely) > shown and shown < self._config.max_k
+        return Page.model_construct(
+            items=items, next_offset=shown if more else None, nothing_similar=bool(len(kept)) and not len(likely)
+        ), ranking
+
+    async def _kept(self, ranking: Ranking, options: Options, expires: float, without: str | None) -> np.ndarray:
+        """Return the places of the ranking that are shown: without the item itself, and one of each group."""
+        places = np.arange(len(ranking.ids))
+        if without is not None:
+            own = np.isin(ranking.ids, probes(without)) & (np.array(ranking.rows["item_id"].to_pylist()) == without)
+            places = places[~own]
+        if options.group_by is None:
+            return places
+        if options.group_by == LOOK:
+            vectors = await ranking.engine.vectors_of(ranking.ids[places], expires)
+            return places[first_of_each_look(vectors, self._config.same_look)]
+        return places[first_of_each(ranking.rows[options.group_by].take(pa.array(places)).to_pylist())]
 
 
-def _timings(started: float, encoded: float | None = None) -> Timings:
-    now = perf_counter()
-    encode = None if encoded is None else _milliseconds(encoded - started)
-    return Timings(encode=encode, search=_milliseconds(now - (encoded or started)), total=_milliseconds(now - started))
+def unknown_item(engine: Engine, item_id: str) -> ApiError:
+    """There is no such item."""
+    return ApiError(404, "unknown_item", f"index {engine.index.version} holds no item {item_id!r}")
 
 
-def _milliseconds(seconds: float) -> float:
-    return round(seconds * 1000, 3)
+def timings(rankings: Sequence[Ranking], began: float) -> Timings:
+    """Return what a request's rankings took, the slowest of each part, and all since `began` (Unix time)."""
+    encodes = [ranking.encode_ms for ranking in rankings if ranking.encode_ms is not None]
+    return Timings.model_construct(
+        encode=round(max(encodes), 3) if encodes else None,
+        search=round(max((ranking.search_ms for ranking in rankings), default=0.0), 3),
+        total=round(1000 * (time.time() - began), 3),
+    )
+
+
+class _until:
+    """Gives up at a Unix time, with the reply that says so."""
+
+    def __init__(self, expires: float) -> None:
+        self._timeout = asyncio.timeout(expires - time.time())
+
+    async def __aenter__(self) -> None:
+        await self._timeout.__aenter__()
+
+    async def __aexit__(self, *failure: Any) -> None:
+        try:
+            await self._timeout.__aexit__(*failure)
+        except TimeoutError:
+            raise late() from None

@@ -1,0 +1,55 @@
+"""How Ray Serve takes requests in: through HAProxy, straight into replicas. Import this before Ray Serve.
+
+Serve reads these variables once, when it is imported, in every process of the cluster: here, in the controller, in
+proxies and replicas. Jobs hand them on (`cli.main`); what is in the environment already stays.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from contextlib import ExitStack
+
+REPLICA_PORTS = 50
+
+# Measured on 2 cores with an empty reply: 1,800 a second and 0.8 ms, against 236 and 8.5 ms as Serve comes.
+ENVIRONMENT = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    # A search changes nothing, so a request whose replica died goes to another one. It must fit into a buffer for
+    # that; larger ones are not tried again. HAProxy holds a buffer only while a request passes.
+    "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
+    "RAY_SERVE_HAPROXY_RETRIES": "3",
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "1048576",
+    "RAY_SERVE_HAPROXY_MAXCONN": "2048",
+    "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+}
+
+
+def prepare() -> dict[str, str]:
+    """Set what is not set, and return all that this process then has of Serve's variables."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_SERVE_")}
+
+
+def own_ports() -> dict[str, str]:
+    """Return settings for a cluster that shares its machine with others.
+
+    As Serve comes, HAProxy's own ports are fixed, and all clusters count their replicas' ports from 30000: until a
+    replica has found a free one, its HAProxy asks whoever listens there.
+    """
+    first = random.randrange(20_000, 29_900, REPLICA_PORTS)
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        metrics, stats = (str(probe.getsockname()[1]) for probe in probes)
+    return {
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + REPLICA_PORTS - 1),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": metrics,
+        "RAY_SERVE_HAPROXY_STATS_PORT": stats,
+    }

@@ -1,0 +1,227 @@
+"""What answers a query: `QueryEncoder` and `ShardSearch`, beside the one who asks or deployed on their own."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import faiss
+import numpy as np
+import pyarrow as pa
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from mixer.embedder import QUERY_GRAPH, SETTINGS, QueryEmbedder
+from mixer.images import UnreadableImage, decode
+from mixer_platform import gallery, versions
+from mixer_platform.config import ServeConfig
+from mixer_platform.filters import Filter
+from mixer_platform.gallery import MISSING, Shard, ShardEntry
+from mixer_platform.item_ids import probes
+from mixer_platform.serve.errors import ApiError, late, unavailable
+from mixer_platform.storage import LocalStorage, open_storage
+
+MODELS = "models"
+ENCODER = "QueryEncoder"
+ATTEMPTS = 3  # of a call whose replica died: another one answers
+
+log = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+    """What a shard found for n queries: scores float32 and ids int64, both [n, k'], and the rows of those ids.
+
+    `rows` has the display columns below `id`, ascending, each id once.
+    """
+
+    scores: np.ndarray
+    ids: np.ndarray
+    rows: pa.Table
+
+
+class Parts(Protocol):
+    """The encoder and the shards of an index version, wherever they run."""
+
+    names: list[str]  # of the shards
+
+    async def encode(self, photos: Sequence[bytes], expires: float) -> tuple[np.ndarray, list[str | None]]:
+        """Do as `QueryEncoder.encode`. Raises ApiError."""
+
+    async def ask(self, method: str, *arguments: Any, expires: float) -> list[Any]:
+        """Return what the method of `ShardSearch` says in each shard, an ApiError in the place of one that cannot."""
+
+    async def unready(self, expires: float) -> list[str]:
+        """Return the names of those that do not answer."""
+
+
+class QueryEncoder:
+    """Photos to unit embeddings."""
+
+    def __init__(self, workspace: str, model: str, config: ServeConfig) -> None:
+        """Load the model's query graph. Raises StorageError."""
+        folder = fetch(workspace, f"{MODELS}/{model}", (QUERY_GRAPH, SETTINGS))
+        self._embedder = QueryEmbedder(folder, config.encoder_threads)
+
+    def encode(self, photos: Sequence[bytes], expires: float) -> tuple[np.ndarray, list[str | None]]:
+        """Return the embeddings float32 [m, dim] of the readable photos, and for all n None or why it is not.
+
+        Raises ApiError 503 if it begins after `expires` (Unix time).
+        """
+        if time.time() > expires:
+            raise late()
+        pixels: list[np.ndarray] = []
+        reasons: list[str | None] = []
+        for photo in photos:
+            try:
+                pixels.append(self._embedder.preprocess(decode(photo)))
+                reasons.append(None)
+            except UnreadableImage as error:
+                reasons.append(str(error))
+        if not pixels:
+            return np.empty((0, self._embedder.dim), np.float32), reasons
+        return self._embedder(np.stack(pixels)), reasons
+
+    def ready(self, expires: float) -> bool:
+        """Answer."""
+        return True
+
+
+class ShardSearch:
+    """One shard of the index."""
+
+    def __init__(self, workspace: str, entry: ShardEntry, search: Mapping[str, int], config: ServeConfig) -> None:
+        """Load the shard. Raises StorageError naming the file that is not as published."""
+        folders = {
+            part.version: fetch(workspace, f"{gallery.KIND}/{part.version}", part.files) for part in entry.segments
+        }
+        self._shard = Shard(folders, entry, search, mapped=config.mapped)
+
+    def search(self, queries: np.ndarray, k: int, where: str | None, expires: float) -> Found:
+        """Return the k nearest items of this shard to queries float32 [n, dim], of those that the filter lets pass.
+
+        Raises ApiError 503 if it begins after `expires` (Unix time).
+        """
+        if time.time() > expires:
+            raise late()
+        faiss.omp_set_num_threads(1)  # of the calling thread: OpenMP keeps a number for each
+        passing = Filter(where) if where else None
+        scores, ids = self._shard.search(queries, max(1, min(k, self._shard.count)), passing)
+        return Found(scores, ids, self._shard.rows(np.unique(ids[ids != MISSING])))
+
+    def vector(self, item_id: str, expires: float) -> np.ndarray | None:
+        """Return the embedding of an item, float32 [dim], or None if it is not in this shard."""
+        return self._shard.vector(item_id)
+
+    def vectors(self, ids: np.ndarray, expires: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return which of these ids are in this shard, and their embeddings float32 [m, dim]."""
+        held = self._shard.holds(ids)
+        return held, self._shard.vectors(ids[held])
+
+    def item(self, item_id: str, expires: float) -> dict[str, Any] | None:
+        """Return the display columns of an item, or None if it is not in this shard."""
+        rows = self._shard.rows(np.array(probes(item_id))).to_pylist()
+        return next((row for row in rows if row["item_id"] == item_id), None)
+
+    def describe(self, expires: float) -> tuple[pa.Schema, list[Any]]:
+        """Return the columns that a filter may name, and what they hold, as `Shard.attributes`."""
+        return self._shard.schema, self._shard.attributes()
+
+    def ready(self, expires: float) -> bool:
+        """Answer."""
+        return True
+
+
+class Beside:
+    """Parts in this process; a call to all of the shards is one hop to a thread."""
+
+    def __init__(self, encoder: QueryEncoder, shards: Mapping[str, ShardSearch], threads: int) -> None:
+        """`threads`: how many calls are in work at a time; it bounds how many large pictures are in memory at once."""
+        self.names = list(shards)
+        self._encoder, self._shards = encoder, list(shards.values())
+        self._workers = ThreadPoolExecutor(threads, thread_name_prefix="parts")
+
+    async def encode(self, photos: Sequence[bytes], expires: float) -> tuple[np.ndarray, list[str | None]]:
+        return await self._run(self._encoder.encode, photos, expires)
+
+    async def ask(self, method: str, *arguments: Any, expires: float) -> list[Any]:
+        def ask_all() -> list[Any]:
+            return [getattr(shard, method)(*arguments, expires=expires) for shard in self._shards]
+
+        return await self._run(ask_all)
+
+    async def unready(self, expires: float) -> list[str]:
+        return []
+
+    async def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+
+
+class Deployed:
+    """Parts that are deployments: calls go to any of their replicas, and to another one if that dies."""
+
+    def __init__(self, encoder: DeploymentHandle, shards: Mapping[str, DeploymentHandle]) -> None:
+        self.names = list(shards)
+        self._encoder, self._shards = encoder, shards
+
+    async def encode(self, photos: Sequence[bytes], expires: float) -> tuple[np.ndarray, list[str | None]]:
+        return await _call(ENCODER, self._encoder, "encode", photos, expires=expires)
+
+    async def ask(self, method: str, *arguments: Any, expires: float) -> list[Any]:
+        async def one(name: str, handle: DeploymentHandle) -> Any:
+            try:
+                return await _call(name, handle, method, *arguments, expires=expires)
+            except ApiError as error:
+                return error
+
+        return await asyncio.gather(*(one(name, handle) for name, handle in self._shards.items()))
+
+    async def unready(self, expires: float) -> list[str]:
+        parts = {ENCODER: self._encoder, **self._shards}
+        probes = (_call(name, handle, "ready", expires=expires) for name, handle in parts.items())
+        answers = await asyncio.gather(*probes, return_exceptions=True)
+        return [name for name, answer in zip(parts, answers, strict=True) if answer is not True]
+
+
+async def _call(name: str, handle: DeploymentHandle, method: str, *arguments: Any, expires: float) -> Any:
+    """Call a deployment, again where a replica dies. Raises ApiError: every way to be away becomes a 503."""
+    for attempt in range(1, ATTEMPTS + 1):
+        response = getattr(handle, method).remote(*arguments, expires=expires)
+        try:
+            async with asyncio.timeout(expires - time.time()):
+                return await response
+        except RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, ApiError) else error) from None
+        except BackPressureError:
+            raise unavailable(f"{name} has too many requests waiting; try again", code="saturated") from None
+        except TimeoutError:
+            response.cancel()
+            raise unavailable(f"{name} did not answer in time; try again") from None
+        except (RayError, RayServeException) as error:
+            log.warning("%s, attempt %d: %r", name, attempt, error)
+    raise unavailable(f"{name} is not available just now; try again")
+
+
+def fetch(workspace: str, prefix: str, names: Iterable[str]) -> Path:
+    """Return a local folder with these files of a published version: its own folder, or a copy on this machine.
+
+    Replicas share the copy, and may make it at the same time. Raises StorageError.
+    """
+    storage = open_storage(workspace)
+    if isinstance(storage, LocalStorage):
+        return Path(storage.path(prefix))
+    cache = Path(tempfile.gettempdir()) / f"mixer-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    manifest = storage.tag(f"{prefix}/{versions.MANIFEST}")  # a workspace made anew may use a version's name again
+    folder = cache / versions.fingerprint(storage.uri, prefix, manifest)
+    for name in names:
+        if not (folder / name).exists():
+            storage.download(f"{prefix}/{name}", folder / name)
+    return folder

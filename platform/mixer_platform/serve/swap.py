@@ -1,0 +1,98 @@
+"""Which version answers: the one that CURRENT names, once it is loaded, warm and checked; until then the one before."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+
+from mixer_platform.errors import MixerError
+from mixer_platform.serve.engine import Engine, Query, Ranking
+from mixer_platform.serve.errors import ApiError
+from mixer_platform.serve.schemas import Swap
+
+CHECK_SECONDS = 60.0
+CHECKED_K = 10
+
+log = logging.getLogger(__name__)
+
+
+class Swapper:
+    """Holds the engine that answers, and replaces it by the one of the wished version when that is ready."""
+
+    def __init__(self, engine: Engine, wished: Callable[[], str], load: Callable[[str], Awaitable[Engine]]) -> None:
+        """`wished` reads the version to serve (it may block); `load` opens it. Both raise MixerError."""
+        self.engine = engine
+        self.loading: str | None = None
+        self.last_swap: Swap | None = None
+        self._wished, self._load = wished, load
+
+    async def follow(self, every_s: float) -> None:
+        """Look every `every_s` seconds, for ever, whether another version is wished."""
+        while True:
+            await asyncio.sleep(every_s)
+            await self.look()
+
+    async def look(self) -> None:
+        """Bring in the wished version if it is not the one that answers. What fails is told and tried again."""
+        try:
+            version = await asyncio.to_thread(self._wished)
+        except MixerError as error:
+            log.warning("which index to serve cannot be read: %s", error)
+            return
+        if version == self.engine.index.version:
+            return
+        began, self.loading, before = time.time(), version, self.engine.index.version
+        reason: str | None = None
+        try:
+            engine = await self._load(version)
+            await check(engine)
+        except (MixerError, ApiError) as error:
+            reason = str(error)
+            if self.last_swap is None or (self.last_swap.version, self.last_swap.error) != (version, reason):
+                log.warning("index %s stays: %s cannot be served: %s", before, version, reason)
+        else:
+            self.engine = engine  # in one step; what is being answered keeps the engine it began with
+            log.info("index %s now answers, in the place of %s", version, before)
+        finally:
+            self.loading = None
+        self.last_swap = Swap(
+            version=version,
+            replaces=before,
+            ended_ms=int(1000 * time.time()),
+            seconds=time.time() - began,
+            error=reason,
+        )
+
+
+async def check(engine: Engine) -> None:
+    """Warm an engine up and see that it answers: its first item finds itself. Raises ApiError and MixerError."""
+    expires = time.time() + CHECK_SECONDS
+    await engine.describe(expires)
+    grey = test_photo()
+    results = await engine.answer([Query(grey, None, CHECKED_K, None, expires) for _ in range(2)])
+    for result in results:
+        if not isinstance(result, Ranking):
+            raise result
+        expected = min(CHECKED_K, engine.index.items)
+        if len(result.ids) < expected or not np.isfinite(result.scores).all():
+            raise MixerError(
+                f"index {engine.index.version}: a search for {CHECKED_K} items found {len(result.ids)} of "
+                f"{engine.index.items}; verify it with jobs/index.py verify"
+            )
+        if result.missing_shards:
+            raise MixerError(f"index {engine.index.version}: {', '.join(result.missing_shards)} do not answer")
+
+
+def test_photo() -> bytes:
+    """Return a JPEG to warm up with: a picture of nothing."""
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.linear_gradient("L").save(file, "JPEG")
+    return file.getvalue()
