@@ -156,6 +156,9 @@ def make_workspace(root: Path, **serve: object) -> Workspace:
     """Publish a model and an index, and make it the current one."""
     item_ids, embeddings = publish_version(root)
     serve_version(root, INDEX)
+    (root / "images").mkdir()
+    for i in range(ITEMS):
+        (root / f"images/{i}.jpg").write_bytes(make_photo(i))
     config = RunConfig.model_validate({"data": str(root), "workspace": str(root), "serve": {"keys": False, **serve}})
     return Workspace(config, item_ids, embeddings)
 

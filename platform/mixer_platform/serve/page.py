@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 
 from mixer_platform.serve.caching import cached
-from mixer_platform.serve.errors import ApiError
 
 FOLDER = Path(__file__).parent / "page"
 MEDIA_TYPES = {
@@ -34,7 +33,7 @@ def add_page(api: FastAPI) -> None:
 
     def reply(request: Request, name: str) -> Response:
         if name not in files:
-            raise ApiError(404, "not_found", f"the page has no part {name!r}")
+            raise HTTPException(404)
         response = cached(request, files[name], MEDIA_TYPES[Path(name).suffix], CACHE_CONTROL)
         response.headers.update(SECURITY)
         return response

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 
 from PIL import Image
 
@@ -15,6 +16,8 @@ MAX_SIDE = 320  # pixels
 MEDIA_TYPE = "image/jpeg"
 # An item keeps its picture for long, but not forever; "private" because a key may be needed to see it.
 CACHE_CONTROL = "private, max-age=3600"
+
+log = logging.getLogger(__name__)
 
 
 def thumbnail(uri: str | None, root: str) -> bytes:
@@ -32,7 +35,8 @@ def thumbnail(uri: str | None, root: str) -> bytes:
     except UnreadableImage as error:
         raise ApiError(404, "no_picture", f"the item's picture {uri!r} cannot be used: {error}") from None
     except StorageError as error:
-        raise unavailable(f"the item's picture {uri!r} cannot be read just now: {error}") from error
+        log.warning("%s", error)
+        raise unavailable(f"the item's picture {uri!r} cannot be read just now; try again") from None
     image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=85, optimize=True)

@@ -102,9 +102,31 @@ def fetch(cache: Path) -> Sources:
 
     Raises DownloadError with one sentence that names the package and the mend.
     """
-    cache.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(PACKAGES)) as pool:
-        return Sources(*pool.map(lambda package: _fetch(package, cache), PACKAGES))
+        return Sources(*pool.map(lambda package: fetch_package(package, cache), PACKAGES))
+
+
+def fetch_package(package: Package, cache: Path) -> Path:
+    """Bring one archive into the folder `cache`, unless it is there. Raises DownloadError as `fetch` does."""
+    cache.mkdir(parents=True, exist_ok=True)
+    path = cache / package.archive
+    if path.exists() and _sha256(path) == package.sha256:
+        return path
+    # Beside its place and renamed when verified, so that a broken-off download is never taken for an archive.
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        fresh = Path(folder) / package.archive
+        _download(package, Path(folder))
+        if not fresh.exists():
+            raise DownloadError(
+                f"{package.name} {package.version} came without the file {package.archive}: put that file into {cache}"
+            )
+        if _sha256(fresh) != package.sha256:
+            raise DownloadError(
+                f"{package.archive} is not the archive that was published (its sha256 should be {package.sha256}): "
+                f"clear the package client's cache, or put the right file into {cache}"
+            )
+        fresh.replace(path)
+    return path
 
 
 def load(sources: Sources) -> list[Thing]:
@@ -132,27 +154,6 @@ def load(sources: Sources) -> list[Thing]:
         for entry in entries
         if (code := _code(entry["hexcode"])) in twitter and code in google and code in openmoji
     ]
-
-
-def _fetch(package: Package, cache: Path) -> Path:
-    path = cache / package.archive
-    if path.exists() and _sha256(path) == package.sha256:
-        return path
-    # Beside its place and renamed when verified, so that a broken-off download is never taken for an archive.
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        fresh = Path(folder) / package.archive
-        _download(package, Path(folder))
-        if not fresh.exists():
-            raise DownloadError(
-                f"{package.name} {package.version} came without the file {package.archive}: put that file into {cache}"
-            )
-        if _sha256(fresh) != package.sha256:
-            raise DownloadError(
-                f"{package.archive} is not the archive that was published (its sha256 should be {package.sha256}): "
-                f"clear the package client's cache, or put the right file into {cache}"
-            )
-        fresh.replace(path)
-    return path
 
 
 def _download(package: Package, folder: Path) -> None:

@@ -11,6 +11,7 @@ import { announce, noNotice, notice } from './say.js';
 
 const PAGE = 24; // items at once
 const TYPING_MS = 300;
+const WRONG_PHOTO = ['unreadable_image', 'body_too_large', 'unsupported_media_type'];
 
 let photo = null;
 let item = null; // the one whose like is wanted; null: the photo's
@@ -38,7 +39,7 @@ function showPhoto() {
   by('pick-label').textContent = 'Another photo';
   by('pick-label').classList.remove('primary');
   by('search').textContent = 'Search';
-  reveal({ stage: photo.bitmap, photo: true, like: false, caption: true, crop: photo.bitmap, search: true, back: false });
+  reveal({ stage: photo.bitmap, photo: true, like: false, caption: true, crop: photo.bitmap, search: photo.bitmap, back: false });
 }
 
 function useItem(wanted) {
@@ -169,10 +170,12 @@ function fail(error, append, focus) {
     by('more').hidden = by('latency').hidden = true;
     title('No results');
   }
-  const again = { actions: [['Try again', () => search({ append })]], requestId: known ? error.requestId : '' };
+  const again = ['Try again', () => search({ append })];
+  const other = ['Choose another photo', () => by('pick').click()];
+  const action = !item && WRONG_PHOTO.includes(error.code) ? other : again;
   const text = known ? error.message : 'This page failed; load it again.';
   announce(text);
-  notice('error', text, again);
+  notice('error', text, { actions: [action], requestId: error.requestId });
   if (focus) by('notice').querySelector('button').focus();
 }
 

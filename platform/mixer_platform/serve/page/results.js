@@ -4,6 +4,7 @@ import { imageUrl, key, picture } from './api.js';
 import { make, words } from './dom.js';
 
 const AT_ONCE = 3; // attributes shown before "more"
+const SHORT = 24; // characters; longer texts come last
 
 /** Return the list entry of an item; "More like this" calls `alike(item)`. */
 export function card(item, alike) {
@@ -76,14 +77,19 @@ function score({ score: similarity, probability }) {
 }
 
 function attributes(values) {
-  const rows = Object.entries(values).filter(([name, value]) => name !== 'image' && value !== null).map(([name, value]) =>
-    make('div', {}, make('dt', { textContent: words(name) }), make('dd', { textContent: said(value) })));
+  const shown = Object.entries(values).filter(([name, value]) => name !== 'image' && value !== null);
+  const texts = shown.map(([name, value]) => [words(name), said(value)]);
+  const rows = [...texts.filter(short), ...texts.filter((text) => !short(text))].map(([name, text]) =>
+    make('div', {}, make('dt', { textContent: name }), make('dd', { textContent: text })));
   if (!rows.length) return [];
-  const first = make('dl', {}, ...rows.slice(0, AT_ONCE));
-  const rest = rows.slice(AT_ONCE);
+  const count = Math.min(AT_ONCE, texts.filter(short).length || 1);
+  const first = make('dl', {}, ...rows.slice(0, count));
+  const rest = rows.slice(count);
   if (!rest.length) return [first];
   return [first, make('details', {}, make('summary', { textContent: `${rest.length} more` }), make('dl', {}, ...rest))];
 }
+
+const short = ([, text]) => text.length <= SHORT;
 
 function said(value) {
   if (typeof value === 'boolean') return value ? 'Yes' : 'No';
