@@ -367,7 +367,7 @@ def test_every_state_is_accessible_and_fits(open_page: Open, photo: Photo, schem
     page = open_page(color_scheme=scheme, **settings)
     page.evaluate(axe())
     check(page)
-    show(page, photo(5))
+    show(page, photo(5, size=(1200, 900)))
     ids(page, ["item-005"])
     page.get_by_role("button", name="Crop").click()
     page.locator("#filters").evaluate("filters => { filters.open = true; }")

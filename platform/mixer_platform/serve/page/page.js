@@ -10,6 +10,7 @@ import { blank, card, latency, showPicture } from './results.js';
 import { announce, noNotice, notice } from './say.js';
 
 const PAGE = 24; // items at once
+const WIDE = matchMedia('(min-width: 60rem)'); // photo and results side by side, as in page.css
 const TYPING_MS = 300;
 const WRONG_PHOTO = ['unreadable_image', 'body_too_large', 'unsupported_media_type'];
 
@@ -132,7 +133,7 @@ function show(body, ms, append, focus) {
   if (append) by('grid').append(...cards);
   else by('grid').replaceChildren(...cards);
   next = body.next_offset ?? null;
-  by('more').hidden = next === null;
+  by('more').hidden = next === null || !body.items.length;
   latency(by('latency'), body.timings_ms, ms);
   const count = by('grid').children.length;
   title(count ? `${plural(count, 'item')}${next === null ? '' : ', nearest first'}` : 'No items');
@@ -141,8 +142,13 @@ function show(body, ms, append, focus) {
   else noNotice();
   announce([`${plural(cards.length, append ? 'more item' : 'item')}.`, why?.[1], nearest(body.items[0], append)].filter(Boolean).join(' '));
   if (append) cards[0]?.querySelector('button').focus();
-  else if (focus) by('results-title').focus();
+  else if (focus) goToResults();
   if (by('filters').hidden) describe().catch(() => {}); // the key was not there at the beginning
+}
+
+function goToResults() {
+  by('results-title').focus({ preventScroll: WIDE.matches });
+  if (!WIDE.matches) by('results').scrollIntoView();
 }
 
 function explain(body, count) {
@@ -243,7 +249,7 @@ async function describe() {
   by('catalogue').textContent = typeof status.body.items === 'number' ? plural(status.body.items, 'item') : '';
   filters.build(by('filter-form'), attributes.body.attributes);
   by('filters').hidden = false;
-  by('filters').open = matchMedia('(min-width: 60rem)').matches;
+  by('filters').open = WIDE.matches;
 }
 
 await describe().catch((error) => console.warn(error.message)); // a search says what is wrong
