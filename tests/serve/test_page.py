@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 from PIL import Image
@@ -250,6 +251,45 @@ def test_filters_narrow_the_results_and_are_cleared(open_page: Open, workspace: 
     expect(page.locator("#filter-count")).to_be_hidden()
 
 
+def test_there_is_a_filter_for_every_kind_of_attribute(open_page: Open):
+    described = [
+        {"name": "brand", "kind": "text", "values": [f"brand {n}" for n in range(9)], "min": None, "max": None},
+        {"name": "description", "kind": "text", "values": ["long"], "min": None, "max": None},
+        {"name": "sku", "kind": "text", "values": None, "min": None, "max": None},
+        {"name": "price", "kind": "number", "values": None, "min": 0.5, "max": 20},
+        {"name": "on_sale", "kind": "boolean", "values": None, "min": None, "max": None},
+        {"name": "since", "kind": "text", "values": None, "min": "2024-01-01T00:00:00", "max": "2024-12-31T00:00:00"},
+    ]
+
+    def describe(page: Page) -> None:
+        page.route("**/v1/attributes", lambda route: route.fulfill(json={"attributes": described}))
+        page.route("**/v1/status", lambda route: route.fulfill(json={"items": 60, "calibrated": True}))
+
+    page = open_page("/?like=item-005", before=describe)
+    ids(page)
+    form = page.locator("#filter-form")
+    assert form.locator("legend").all_inner_texts() == ["Brand", "Price", "On sale", "Since"]
+    form.get_by_label("brand 0").check()
+    form.get_by_text("3 more").click()
+    form.get_by_label("brand 8").check()
+    form.get_by_role("spinbutton", name="from").fill("1.5")
+    form.get_by_label("No", exact=True).check()
+    form.locator("[type=date]").first.fill("2024-02-03")
+    form.locator("[type=date]").last.fill("2024-02-04")
+    form.get_by_label("Show near-identical items once").check()
+    with page.expect_request(lambda request: "min_probability" in request.url) as sent:
+        form.get_by_label("Only items that are likely the same").check()
+    fields = dict(parse_qsl(urlsplit(sent.value.url).query))
+    assert json.loads(fields.pop("filter")) == {
+        "brand": ["brand 0", "brand 8"],
+        "price": {"gte": 1.5},
+        "on_sale": False,
+        "since": {"gte": "2024-02-03", "lte": "2024-02-04T23:59:59.999999"},
+    }
+    assert fields == {"k": "24", "offset": "0", "group_by": "look", "min_probability": "0.5"}
+    expect(page.locator("#filter-count")).to_have_text("6 set")
+
+
 @pytest.mark.parametrize("event", ["drop", "paste"])
 def test_a_photo_is_dropped_or_pasted(open_page: Open, photo: Photo, event: str):
     page = open_page()
@@ -292,7 +332,6 @@ def test_a_full_service_is_asked_again(open_page: Open, photo: Photo):
     ("changes", "sentence"),
     [
         ({"nothing_similar": True, "items": []}, "Nothing here is similar enough. Try another photo"),
-        ({"nothing_similar": True}, "Nothing here is similar enough. These are the nearest all the same."),
         ({"degraded": True, "missing_shards": ["shard-00001"]}, "something may be missing here (shard-00001)"),
     ],
 )

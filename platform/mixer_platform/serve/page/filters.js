@@ -5,25 +5,27 @@ import { make, words } from './dom.js';
 const NO_FILTER = ['image', 'title', 'description', 'url']; // each item has its own
 const LONGEST = 40; // characters; longer texts are prose
 const AT_ONCE = 6; // values shown before "more"
-const LOOK = 'group_by';
 
-/** Fill the form with one field an attribute; `attributes` is what GET /v1/attributes says. */
-export function build(form, attributes) {
+/** Fill the form with one field an attribute, as GET /v1/attributes says; `calibrated` as GET /v1/status does. */
+export function build(form, attributes, calibrated) {
   const fields = attributes.filter(({ name }) => !NO_FILTER.includes(name)).map(field).filter(Boolean);
-  const alike = make('label', { className: 'switch' },
-    make('input', { type: 'checkbox', name: LOOK, value: 'look' }), 'Show near-identical items once');
-  form.replaceChildren(...fields, alike, make('button', { type: 'reset', textContent: 'Clear filters' }));
+  const switches = [flip('group_by', 'look', 'Show near-identical items once')];
+  if (calibrated) switches.push(flip('min_probability', '0.5', 'Only items that are likely the same'));
+  form.replaceChildren(...fields, ...switches, make('button', { type: 'reset', textContent: 'Clear filters' }));
 }
 
-/** Return `{filter, group_by, count}`: what the form asks for, and how many of its fields do. */
+/** Return `{fields, count}`: what the form adds to a request, and how many of its parts do. */
 export function read(form) {
   const filter = {};
   for (const set of form.querySelectorAll('fieldset')) {
     const condition = CONDITIONS[set.dataset.kind](set);
     if (condition !== null) filter[set.dataset.name] = condition;
   }
-  const groupBy = form.elements[LOOK]?.checked ? 'look' : null;
-  return { filter, group_by: groupBy, count: Object.keys(filter).length + (groupBy ? 1 : 0) };
+  const fields = {};
+  for (const { name, value } of form.querySelectorAll('.switch input:checked')) fields[name] = value;
+  const count = Object.keys(filter).length + Object.keys(fields).length;
+  if (Object.keys(filter).length) fields.filter = JSON.stringify(filter);
+  return { fields, count };
 }
 
 const CONDITIONS = {
@@ -31,17 +33,22 @@ const CONDITIONS = {
     const chosen = [...set.querySelectorAll('input:checked')].map((input) => input.value);
     return chosen.length ? chosen : null;
   },
-  number(set) {
-    const bounds = [...set.querySelectorAll('input')].filter((input) => input.value !== '');
-    return bounds.length ? Object.fromEntries(bounds.map((input) => [input.dataset.bound, input.valueAsNumber])) : null;
-  },
+  number: (set) => range(set, (input) => input.valueAsNumber),
+  time: (set) => range(set, ({ value, dataset }) => (dataset.bound === 'lte' ? `${value}T23:59:59.999999` : value)),
   boolean(set) {
     const { value } = set.querySelector('input:checked');
     return value === '' ? null : value === 'true';
   },
 };
 
-function field(attribute, index) {
+function range(set, valueOf) {
+  const bounds = [...set.querySelectorAll('input')].filter((input) => input.value !== '');
+  return bounds.length ? Object.fromEntries(bounds.map((input) => [input.dataset.bound, valueOf(input)])) : null;
+}
+
+function field(said, index) {
+  const isTime = said.kind === 'text' && typeof said.min === 'string'; // times are texts that have an order
+  const attribute = isTime ? { ...said, kind: 'time' } : said;
   const inputs = INPUTS[attribute.kind]?.(attribute, `filter-${index}`) ?? [];
   if (!inputs.length) return null;
   const dataset = { name: attribute.name, kind: attribute.kind };
@@ -62,7 +69,11 @@ const INPUTS = {
   },
   number({ min, max }) {
     if (min === null || max === null || min === max) return [];
-    return [make('div', { className: 'range' }, bound('gte', 'from', min), bound('lte', 'to', max))];
+    return [make('div', { className: 'range' }, bound('number', 'gte', 'from', min), bound('number', 'lte', 'to', max))];
+  },
+  time({ min, max }) {
+    if (min === max) return [];
+    return [make('div', { className: 'range' }, bound('date', 'gte', 'from', min), bound('date', 'lte', 'to', max))];
   },
   boolean(_, name) {
     const choices = [['', 'Any'], ['true', 'Yes'], ['false', 'No']].map(([value, text]) => chip('radio', name, value, text));
@@ -75,9 +86,12 @@ function chip(type, name, value, text) {
   return make('label', { className: 'chip' }, make('input', { type, name, value }), make('span', { textContent: text }));
 }
 
-function bound(name, text, extreme) {
-  const input = make('input', {
-    type: 'number', step: 'any', inputMode: 'decimal', placeholder: String(extreme), dataset: { bound: name },
-  });
+function bound(type, name, text, extreme) {
+  const input = make('input', { type, dataset: { bound: name } });
+  if (type === 'number') Object.assign(input, { step: 'any', inputMode: 'decimal', placeholder: String(extreme) });
   return make('label', {}, text, input);
+}
+
+function flip(name, value, text) {
+  return make('label', { className: 'switch' }, make('input', { type: 'checkbox', name, value }), text);
 }

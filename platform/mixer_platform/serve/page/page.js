@@ -1,13 +1,13 @@
 // The page: what is asked (a photo, or an item), asking it, and every state of the answer.
 
-import { ApiError, call, key, onMissingKey } from './api.js';
+import { ApiError, call, onMissingKey } from './api.js';
 import { Crop } from './crop.js';
 import { by, plural } from './dom.js';
 import * as filters from './filters.js';
 import { takeIn } from './intake.js';
 import { draw, read, toUpload } from './photo.js';
 import { blank, card, latency, showPicture } from './results.js';
-import { announce, noNotice, notice } from './say.js';
+import { announce, askForKey, noNotice, notice } from './say.js';
 
 const PAGE = 24; // items at once
 const WIDE = matchMedia('(min-width: 60rem)'); // photo and results side by side, as in page.css
@@ -17,6 +17,7 @@ const WRONG_PHOTO = ['unreadable_image', 'body_too_large', 'unsupported_media_ty
 let photo = null;
 let item = null; // the one whose like is wanted; null: the photo's
 let next = null; // where the next items begin
+let most = 1000; // items that the service lists of one query
 let running = null;
 
 const crop = new Crop(by('stage'), by('frame'), by('edges'), () => { by('search').textContent = 'Search this part'; });
@@ -101,10 +102,7 @@ async function search({ append = false, focus = true } = {}) {
 }
 
 async function ask(offset, signal) {
-  const { filter, group_by: groupBy } = filters.read(by('filter-form'));
-  const fields = { k: PAGE, offset };
-  if (Object.keys(filter).length) fields.filter = JSON.stringify(filter);
-  if (groupBy) fields.group_by = groupBy;
+  const fields = { k: Math.min(PAGE, most - offset), offset, ...filters.read(by('filter-form')).fields };
   if (item) return call(`items/${encodeURIComponent(item.id)}/similar?${new URLSearchParams(fields)}`, { signal }, saturated);
   const form = new FormData();
   form.append('photo', await toUpload(photo, crop.region), photo.name);
@@ -152,17 +150,16 @@ function goToResults() {
 }
 
 function explain(body, count) {
+  const filtering = filters.read(by('filter-form')).count;
+  const actions = filtering ? [['Clear filters', () => by('filter-form').reset()]] : [];
   if (body.degraded) {
     const missing = (body.missing_shards ?? []).join(', ');
     return ['warning', `A part of the catalogue did not answer, so something may be missing here${missing ? ` (${missing})` : ''}.`];
   }
-  if (!count && filters.read(by('filter-form')).count) {
-    return ['empty', 'No item passes these filters.', { actions: [['Clear filters', () => by('filter-form').reset()]] }];
-  }
   if (body.nothing_similar) {
-    const also = count ? 'These are the nearest all the same.' : 'Try another photo, or crop to the thing you mean.';
-    return ['empty', `Nothing here is similar enough. ${also}`];
+    return ['empty', 'Nothing here is similar enough. Try another photo, or crop to the thing you mean.', { actions }];
   }
+  if (!count && filtering) return ['empty', 'No item passes these filters.', { actions }];
   return count ? null : ['empty', 'Nothing was found.'];
 }
 
@@ -219,14 +216,7 @@ by('filter-form').addEventListener('submit', (event) => event.preventDefault());
 
 window.addEventListener('popstate', open);
 
-onMissingKey((why) => new Promise((resolve) => {
-  const dialog = by('key-dialog');
-  by('key-why').textContent = key() ? why : 'The person who runs it can give you one.';
-  by('key').value = '';
-  dialog.returnValue = '';
-  dialog.addEventListener('close', () => resolve(dialog.returnValue ? by('key').value.trim() : null), { once: true });
-  dialog.showModal();
-}));
+onMissingKey(askForKey);
 
 /* The beginning, and steps back to it */
 
@@ -247,7 +237,8 @@ async function open() {
 async function describe() {
   const [status, attributes] = await Promise.all([call('status'), call('attributes')]);
   by('catalogue').textContent = typeof status.body.items === 'number' ? plural(status.body.items, 'item') : '';
-  filters.build(by('filter-form'), attributes.body.attributes);
+  most = status.body.max_k ?? most;
+  filters.build(by('filter-form'), attributes.body.attributes, status.body.calibrated);
   by('filters').hidden = false;
   by('filters').open = WIDE.matches;
 }

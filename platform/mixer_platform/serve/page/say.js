@@ -1,5 +1,6 @@
-// What the page says beside its results: a notice to see, and an announcement to hear.
+// What the page says beside its results: a notice to see, an announcement to hear, a question for a key.
 
+import { key } from './api.js';
 import { by, make } from './dom.js';
 
 /** Show a notice; `actions` are pairs of a label and a function. */
@@ -23,6 +24,19 @@ export function noNotice() {
 /** Have a screen reader say `text`. */
 export function announce(text) {
   by('announce').textContent = text;
+}
+
+/** Ask for a key; `why` is said where one was refused. Returns a promise of the key, or of null. */
+export function askForKey(why) {
+  const dialog = by('key-dialog');
+  by('key-why').textContent = key() ? why : 'Whoever runs it can give you one.';
+  by('key').value = '';
+  dialog.returnValue = '';
+  dialog.showModal();
+  return new Promise((resolve) => {
+    const answer = () => resolve(dialog.returnValue ? by('key').value.trim() : null);
+    dialog.addEventListener('close', answer, { once: true });
+  });
 }
 
 function button([label, act]) {
