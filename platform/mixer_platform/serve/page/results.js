@@ -89,7 +89,7 @@ function attributes(values) {
   return [first, make('details', {}, make('summary', { textContent: `${rest.length} more` }), make('dl', {}, ...rest))];
 }
 
-const short = ([, text]) => text.length <= SHORT;
+const short = ([name, text]) => text.length <= SHORT && name !== 'Description';
 
 function said(value) {
   if (typeof value === 'boolean') return value ? 'Yes' : 'No';
