@@ -38,10 +38,15 @@ export async function call(path, init = {}, waiting = null) {
   }
 }
 
-/** Return the bytes of an item's picture, or null if it has none. */
-export async function picture(id, signal) {
-  const reply = await send(imageUrl(id), { signal });
-  return reply.ok ? reply.blob() : null;
+/** Return the bytes of an item's picture, or null if it has none. Waits where a key may not ask so often. */
+export async function picture(id) {
+  for (let tried = 1; ; tried += 1) {
+    const reply = await send(imageUrl(id), {});
+    if (reply.ok) return reply.blob();
+    const { retryAfter } = failure(reply, null);
+    if (retryAfter === null || tried === TRIES) return null;
+    await wait(retryAfter);
+  }
 }
 
 async function send(path, init) {
@@ -80,7 +85,7 @@ async function renewKey(why) {
   return Boolean(given);
 }
 
-async function wait(seconds, waiting, signal) {
+async function wait(seconds, waiting = () => {}, signal = null) {
   for (let left = Math.max(1, Math.ceil(seconds)); left > 0; left -= 1) {
     waiting(left);
     await new Promise((resolve, reject) => {
