@@ -357,6 +357,7 @@ def test_openapi_describes_replies_and_both_kinds_of_body(client: TestClient, ph
         "/v1/search/batch",
         "/v1/items/{item_id}/similar",
         "/v1/items/{item_id}",
+        "/v1/items/{item_id}/image",
         "/v1/attributes",
         "/v1/status",
         "/healthz",

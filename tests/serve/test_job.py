@@ -152,7 +152,10 @@ def test_what_is_missing_is_named(fresh_workspace: Any, file: str, sentence: str
 
 def test_bounds_of_replicas_are_checked(fresh_workspace: Any):
     config = RunConfig.model_validate(
-        {**fresh_workspace.config.model_dump(), "serve": {"keys": False, "shard": {"min_replicas": 5, "max_replicas": 2}}}
+        {
+            **fresh_workspace.config.model_dump(),
+            "serve": {"keys": False, "shard": {"min_replicas": 5, "max_replicas": 2}},
+        }
     )
     with pytest.raises(ConfigError, match=r"serve\.shard: min_replicas 5 is above max_replicas 2"):
         application_of(config)

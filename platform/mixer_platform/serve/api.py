@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,10 +16,12 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from mixer_platform.config import RunConfig
+from mixer_platform.serve.caching import cached
 from mixer_platform.serve.engine import Engine, Ranking
 from mixer_platform.serve.errors import ApiError, error_reply, error_response, invalid, sentence, unavailable
 from mixer_platform.serve.fetch import Fetcher
 from mixer_platform.serve.keys import KeyRing, add_guards
+from mixer_platform.serve.page import add_page
 from mixer_platform.serve.payload import (
     BodyLimit,
     query_parameters,
@@ -27,6 +30,7 @@ from mixer_platform.serve.payload import (
     read_search,
     request_body,
 )
+from mixer_platform.serve.pictures import CACHE_CONTROL, MEDIA_TYPE, thumbnail
 from mixer_platform.serve.schemas import (
     AttributesReply,
     BatchReply,
@@ -38,6 +42,7 @@ from mixer_platform.serve.schemas import (
     StatusReply,
 )
 from mixer_platform.serve.service import SearchService, timings
+from mixer_platform.storage import open_storage
 
 Responses = dict[int | str, dict[str, Any]]
 _INVALID: Responses = {422: {"model": ErrorReply, "description": "Something in the request is wrong"}}
@@ -47,6 +52,8 @@ _BODY: Responses = {
     413: {"model": ErrorReply, "description": "The body is too large"},
     415: {"model": ErrorReply, "description": "A body of another type"},
 }
+_PICTURE: Responses = {200: {"content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}}
+PAINTERS = 2
 TIMEOUT_HEADER = "x-request-timeout-ms"
 PROBE_S = 2.0
 
@@ -54,7 +61,8 @@ PROBE_S = 2.0
 def create_api(service: SearchService, run: RunConfig, ring: KeyRing | None = None) -> FastAPI:
     """Return the HTTP API over `service`; with a `ring`, for those who have one of its keys."""
     config = run.serve
-    fetcher = Fetcher(config)
+    fetcher, root = Fetcher(config), open_storage(run.data).uri
+    painters = ThreadPoolExecutor(PAINTERS, "pictures")  # few: catalogue pictures may be large
 
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[None]:
@@ -125,6 +133,18 @@ def create_api(service: SearchService, run: RunConfig, ring: KeyRing | None = No
         page, ranking = await service.similar(item_id, read_options(request, config), until)
         return _json(_reply(SearchReply, ranking.engine, [ranking], began, **_fields(page)))
 
+    @api.get(
+        "/v1/items/{item_id:path}/image",
+        response_class=Response,
+        responses=_PICTURE | _INVALID | _UNKNOWN | _UNAVAILABLE,
+    )
+    async def image(request: Request, item_id: str) -> Response:
+        """Show an item's picture, small."""
+        row = await service.item(item_id, expires(request))
+        loop = asyncio.get_running_loop()
+        content = await loop.run_in_executor(painters, thumbnail, row.get("image"), root)
+        return cached(request, content, MEDIA_TYPE, CACHE_CONTROL)
+
     @api.get("/v1/items/{item_id:path}", responses=_INVALID | _UNKNOWN | _UNAVAILABLE)
     async def item(request: Request, item_id: str) -> ItemDetails:
         """Show an item."""
@@ -163,6 +183,7 @@ def create_api(service: SearchService, run: RunConfig, ring: KeyRing | None = No
             raise unavailable(f"not ready: {', '.join(missing)}", code="not_ready")
         return Status()
 
+    add_page(api)
     add_guards(api, ring, config.cors_origins)
     return api
 
