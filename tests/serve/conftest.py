@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pytest
 from onnx import TensorProto, helper
 from PIL import Image
+from ray import serve as ray_serve
 
 from mixer.embedder import QUERY_GRAPH, SETTINGS, QueryEmbedder
 from mixer.images import decode
@@ -24,6 +26,7 @@ from mixer_platform.gallery import CURRENT, KIND, ShardEntry, publish_current
 from mixer_platform.index.embeddings import embedding_column
 from mixer_platform.index.segments import new_index, write_segment
 from mixer_platform.item_ids import assign_ids
+from mixer_platform.serve import job
 from mixer_platform.storage import open_storage
 
 SIZE, DIM, ITEMS, SHARDS = 16, 48, 60, 3
@@ -180,3 +183,12 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return make_workspace(
         tmp_path_factory.mktemp("workspace"), port=0, max_k=50, max_photos=4, max_body_mb=1, follow_s=0.1
     )
+
+
+@pytest.fixture(scope="session")
+def report(ray_cluster: None, workspace: Workspace) -> Iterator[dict[str, Any]]:
+    """The job's report of a service over HTTP; who replaces it brings it back."""
+    report = job.serve(workspace.config)
+    yield report
+    job.stop()
+    assert not ray_serve.status().applications

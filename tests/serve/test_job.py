@@ -31,14 +31,6 @@ def application_of(config: RunConfig) -> ray_serve.Application:
 
 
 @pytest.fixture(scope="module")
-def report(ray_cluster: None, workspace: Any) -> Iterator[dict[str, Any]]:
-    report = job.serve(workspace.config)
-    yield report
-    job.stop()
-    assert not ray_serve.status().applications
-
-
-@pytest.fixture(scope="module")
 def http(report: dict[str, Any]) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=report["url"], timeout=30) as client:
         yield client
