@@ -170,6 +170,7 @@ class ServeConfig(Section):
     max_queued: int = Field(32, ge=1, description="photos waiting in a replica before new ones get 503")
     timeout_ms: float = Field(5000, gt=0, description="what a request may take; a client may ask for less")
     follow_s: float = Field(2, ge=0, description="seconds from look to look at index/CURRENT; 0: never")
+    retire_s: float = Field(60, ge=0, description="layout deployments: how long those of a version outlive its turn")
     lost_shard: Literal["degrade", "fail"] = Field(
         "degrade", description="where a shard does not answer: the items of the others, marked, or 503"
     )

@@ -21,8 +21,6 @@ from mixer_platform.serve.loading import backend_name, is_running, open_beside, 
 from mixer_platform.serve.service import SearchService
 from mixer_platform.serve.swap import Swapper, check
 
-OLD_FOR_S = 60.0  # deployments of a version stay after the next one runs, until every ingress has gone over
-
 log = logging.getLogger(__name__)
 
 
@@ -84,7 +82,7 @@ class Backends:
             return
         for old in [each for each in running if each.startswith(backend_name("")) and each != name]:
             since = self._since.setdefault(old.removeprefix(backend_name("")), now)
-            if now - since > OLD_FOR_S:
+            if now - since > self._config.serve.retire_s:
                 serve.delete(old, _blocking=False)
 
 
