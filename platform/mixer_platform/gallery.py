@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from mixer.calibration import Calibration
 from mixer_platform import versions
 from mixer_platform.attributes import Attribute, attributes_of, combined, merged_schema, with_schema
 from mixer_platform.errors import StorageError, VersionError
@@ -203,6 +204,24 @@ def segment_folders(storage: Storage, shard: ShardEntry, scratch: str | Path) ->
     return {
         part.version: versions.fetch(storage, f"{KIND}/{part.version}", scratch, part.files) for part in shard.segments
     }
+
+
+def calibration_key(model: str) -> str:
+    """Return where what a model's scores are worth is kept: beside its version, for a later evaluation may know better,
+    and whatever index it is that the model built."""
+    return f"calibration/{model}.json"
+
+
+def read_calibration(storage: Storage, model: str) -> Calibration | None:
+    """Return what the scores of a model's embeddings are worth, None if no evaluation said it. Raises StorageError."""
+    key = calibration_key(model)
+    if storage.tag(key) is None:
+        return None
+    try:
+        content = versions.read_json(storage, key)
+        return Calibration(float(content["slope"]), float(content["intercept"]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise StorageError(f"{storage.uri}/{key}: not a calibration; delete it and run jobs/evaluate.py") from error
 
 
 def publish_current(storage: Storage, version: str, replaces: str | None) -> None:

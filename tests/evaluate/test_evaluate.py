@@ -10,11 +10,16 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from mixer_platform.errors import InputError
+from mixer.calibration import fit_calibration
+from mixer_platform.config import RunConfig
+from mixer_platform.errors import InputError, StorageError
+from mixer_platform.evaluate.calibrate import calibrate, keep_calibration
 from mixer_platform.evaluate.compare import compare
 from mixer_platform.evaluate.concepts import Fired, draw_concepts
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
 from mixer_platform.evaluate.job import found_items, measure, photo_table, publish_report
+from mixer_platform.gallery import calibration_key, read_calibration
+from mixer_platform.index import lifecycle
 from mixer_platform.storage import LocalStorage
 
 
@@ -97,3 +102,70 @@ def test_concepts_are_drawn_with_their_words_and_where_they_look() -> None:
     assert first[:40, :40].mean() > 50 > first[90:, 90:].mean()
     assert second[90:, 90:].mean() > 50 > second[:40, :40].mean()
     assert draw_concepts([]).startswith(b"\x89PNG")
+
+
+def test_calibration_is_of_the_first_ten_found_items_of_each_photo() -> None:
+    rng = np.random.default_rng(0)
+    results, relevant = [], []
+    for photo in range(60):
+        scores = np.sort(rng.uniform(0, 1, 12))[::-1]
+        results.append([(float(score), {"item_id": f"{photo}-{rank}"}) for rank, score in enumerate(scores)])
+        relevant.append({f"{photo}-{rank}" for rank, score in enumerate(scores) if rng.random() < score**3})
+    said = calibrate(results, relevant)
+    assert said is not None
+    assert (said["photos"], said["pairs"]) == (60, 600)
+    pairs = [
+        (score, item["item_id"] in relevant[photo]) for photo, row in enumerate(results) for score, item in row[:10]
+    ]
+    fitted = fit_calibration(*(np.array(column) for column in zip(*pairs, strict=True)))
+    assert (said["slope"], said["intercept"]) == (fitted.slope, fitted.intercept)
+    assert said["right"] == sum(right for _, right in pairs)
+    assert 0 < said["ece"] < 0.15
+    assert sum(count for _, _, count in said["reliability"]) == 600
+    assert calibrate(results, [set()] * 60) is None
+    assert calibrate([[(0.9, {"item_id": "a"})]], [{"a"}]) is None
+    assert calibrate([[]], [{"a"}]) is None
+
+
+def calibrated(version: str, photos: int, slope: float) -> dict:
+    said = {"slope": slope, "intercept": -1.0, "photos": photos, "pairs": 10 * photos, "right": 5, "ece": 0.01}
+    return {"version": version, "model": "model-a", "calibration": said}
+
+
+def test_a_model_keeps_the_calibration_of_most_photos(tmp_path: Path) -> None:
+    storage = LocalStorage(str(tmp_path))
+    assert read_calibration(storage, "model-a") is None
+    slopes = []
+    for version, photos, slope in (("r1", 20, 1.0), ("r2", 10, 2.0), ("r3", 20, 3.0), ("r4", 40, 4.0)):
+        keep_calibration(storage, calibrated(version, photos, slope))
+        slopes.append(read_calibration(storage, "model-a").slope)
+    assert slopes == [1, 1, 3, 4]
+    keep_calibration(storage, {**calibrated("r5", 90, 5.0), "calibration": None})
+    assert read_calibration(storage, "model-a").slope == 4
+    assert read_calibration(storage, "model-b") is None
+    config = RunConfig.model_validate({"data": "", "workspace": str(tmp_path), "index": {"grace_hours": 0}})
+    assert lifecycle.gc(config)["deleted"] == []
+    assert read_calibration(storage, "model-a").probability(np.array([0.25])) == pytest.approx(0.5)
+
+
+def test_of_two_evaluations_at_once_the_one_of_more_photos_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, publish = LocalStorage(str(tmp_path)), LocalStorage.publish
+
+    def overtaken(self: LocalStorage, *arguments: object, **named: object) -> None:
+        monkeypatch.setattr(LocalStorage, "publish", publish)
+        keep_calibration(storage, calibrated("other", 30, 3.0))
+        publish(self, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LocalStorage, "publish", overtaken)
+    keep_calibration(storage, calibrated("mine", 20, 2.0))
+    assert read_calibration(storage, "model-a").slope == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"slope": 1}', b'{"slope": "x", "intercept": 0}'])
+def test_what_is_no_calibration_is_named(tmp_path: Path, content: bytes) -> None:
+    storage = LocalStorage(str(tmp_path))
+    storage.write(calibration_key("model-a"), content)
+    with pytest.raises(StorageError, match=r"calibration/model-a\.json: not a calibration; delete it"):
+        read_calibration(storage, "model-a")

@@ -24,9 +24,11 @@ from PIL import Image, ImageDraw
 
 from mixer_platform.demo.cluster import LocalCluster, processes
 from mixer_platform.errors import MixerError
+from mixer_platform.gallery import read_calibration
 from mixer_platform.simulate.config import ClickConfig, SimulateConfig
 from mixer_platform.simulate.emoji import Thing
 from mixer_platform.simulate.job import build
+from mixer_platform.storage import open_storage
 
 pytestmark = pytest.mark.slow
 ATTRIBUTES = ("kind", "reason", "raw", "score", "shard", "state", "text", "weight")  # the platform has such columns too
@@ -122,6 +124,9 @@ def test_submitted_jobs_make_an_index_that_is_searched(
         evaluated = cluster.submit("evaluate", common)
         assert evaluated["queries"] == 16
         assert 0 < evaluated["r1"] <= evaluated["r5"] <= 1
+        assert evaluated["calibration"]["photos"] == 16
+        worth = read_calibration(open_storage(workspace), trained["version"])
+        assert worth.slope == evaluated["calibration"]["slope"]
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()

@@ -24,6 +24,7 @@ from mixer.metrics import hit_at_k, macro, ndcg_at_k, relevance
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import ConflictError, InputError, StorageError
+from mixer_platform.evaluate.calibrate import DEPTH, calibrate, keep_calibration
 from mixer_platform.evaluate.compare import compare
 from mixer_platform.evaluate.concepts import Fired, concepts_of, draw_concepts
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
@@ -35,13 +36,15 @@ from mixer_platform.storage import Storage, open_storage, read_uri, resolve_uri
 
 KIND = "reports"
 _NDCG_K = 10
+_FORM = "calibrated"  # of reports: one that an older version wrote says less, and is written anew
 
 
 def evaluate(config: RunConfig) -> dict[str, Any]:
     """Ask the published index every truth photo; write `reports/<version>.json` and pictures; return the report.
 
-    The untrained encoder answers the same photos over the same gallery: features pooled, centred, cosine.
-    Raises InputError for a truth that cannot be used, StorageError when no index or not its model is there.
+    What its model's scores are worth becomes `calibration/<model>.json`. The untrained encoder answers the same photos
+    over the same gallery: features pooled, centred, cosine. Raises InputError for a truth that cannot be used,
+    StorageError when no index or not its model is there.
     """
     started = time.monotonic()
     storage = open_storage(config.workspace)
@@ -50,10 +53,12 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     truth = find_truth(config)
     gallery = versions.fingerprint_of(index.version)
     version = versions.fingerprint(
-        gallery, truth.storage.uri, truth.tags, pictures_tag(truth), config.evaluate.model_dump()
+        _FORM, gallery, truth.storage.uri, truth.tags, pictures_tag(truth), config.evaluate.model_dump()
     )
     if storage.tag(f"{KIND}/{version}.json"):
-        return {**versions.read_json(storage, f"{KIND}/{version}.json"), "reused": True}
+        report = versions.read_json(storage, f"{KIND}/{version}.json")
+        keep_calibration(storage, report)
+        return {**report, "reused": True}
 
     architecture = ModelConfig.model_validate(versions.read_json(storage, f"models/{index.model}/config.json"))
     encoder = export_untrained(storage, architecture) if config.evaluate.baseline else None
@@ -62,13 +67,14 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     if not len(asked):
         raise InputError(f"{truth.storage.uri}/{', '.join(truth.tags)}: no photo can be read; nothing to evaluate")
     relevant = [set(ids) for ids in asked["relevant_item_ids"].to_pylist()]
-    depth = max(*config.evaluate.ks, _NDCG_K)
+    depth = max(*config.evaluate.ks, _NDCG_K, DEPTH)
     shards = open_shards(storage, index)
     results = search_shards(shards, _vectors(asked["query"]), depth)
     ranked = [[item["item_id"] for _, item in found] for found in results]
     asked = asked.append_column("hits", pa.array(relevance(ranked, relevant).tolist(), pa.list_(pa.bool_())))
-    report: dict[str, Any] = {
+    report = {
         **measure(ranked, relevant, config.evaluate.ks),
+        "calibration": calibrate(results, relevant),
         "queries": len(asked),
         "unusable_photos": len(photos) - len(asked),
         "items": index.items,
@@ -93,7 +99,9 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     }
     files = {"parquet": photo_table(asked), "png": _sheet(asked, results, relevant, config)}
     files["concepts.png"] = draw_concepts(_fired(storage, index.model, results, config))
-    return publish_report(storage, report, files)
+    report = publish_report(storage, report, files)
+    keep_calibration(storage, report)
+    return report
 
 
 def publish_report(storage: Storage, report: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
