@@ -46,7 +46,17 @@ def test_a_deeper_search_only_adds(seed: int) -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "most", "searched"),
-    [(10, 1000, [50, 100, 200, 400, 800, 1000]), (400, 1000, [800, 1000]), (1000, 1000, [1000]), (1, 20, [20])],
+    [
+        (10, 1000, [32, 64, 128, 256, 512, 1000]),
+        (17, 100, [64, 100]),
+        (400, 1000, [1000]),
+        (1000, 1000, [1000]),
+        (1, 20, [20]),
+    ],
 )
 def test_searches_are_twice_as_deep_each_time_within_the_bound(wanted: int, most: int, searched: list[int]) -> None:
     assert list(islice(depths(wanted, most), 20)) == searched
+
+
+def test_pages_come_from_the_same_search() -> None:
+    assert [next(depths(offset + 10, 1000, spare=1)) for offset in range(0, 60, 10)] == [32, 32, 32, 64, 64, 64]

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 LOOK = "look"  # as an attribute's name would be, what `group_by` says for near-identical listings
-_SPARE = 2  # candidates a wanted result that are searched first
-_LEAST = 50
+_LEAST = 32  # candidates
 
 
 def first_of_each(values: Sequence[Any]) -> np.ndarray:
@@ -44,15 +43,17 @@ def first_of_each_look(vectors: np.ndarray, least_cosine: float) -> np.ndarray:
     return np.array(places, np.int64)
 
 
-def depths(wanted: int, most: int) -> Iterator[int]:
-    """Yield how many candidates to search for until `wanted` groups are found: twice as many each time, `most` at most.
+def depths(wanted: int, most: int, spare: int = 2) -> Iterator[int]:
+    """Yield how many candidates to search for until `wanted` results are found: twice as many each time, up to `most`.
 
-    The caller stops once it has enough, or once a search gives back fewer candidates than it asked for.
+    The caller stops once it has enough, or once a search gives back fewer candidates than it asked for. `spare` is how
+    many candidates a result are searched first; 1 where nothing is grouped. Depths are powers of two, so that pages
+    come from the same search, and an index that is not exact neither repeats nor skips an item between them.
     """
-    depth = min(most, max(_SPARE * wanted, _LEAST))
+    depth = max(_LEAST, 1 << (spare * wanted - 1).bit_length())
     while depth < most:
         yield depth
-        depth = min(most, 2 * depth)
+        depth *= 2
     yield most
 
 
