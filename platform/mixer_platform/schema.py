@@ -87,6 +87,11 @@ OWN = "__"
 def check_schema(found: pa.Schema, table: Table, source: str) -> None:
     """Raise InputError unless `found`, the schema of the file `source`, has the columns of `table`."""
     check_attributes(found.names, table, source)
+    for field in found:
+        if _runs_python(field.type):
+            raise InputError(
+                f"{source}: column {field.name} is {field.type}; write it as plain values: reading it runs code"
+            )
     for field in table.columns:
         index = found.get_field_index(field.name)
         if index < 0:
@@ -148,6 +153,14 @@ def _because(reasons: pa.Array, bad: pa.Array | pa.ChunkedArray, reason: str) ->
     bad = bad.combine_chunks() if isinstance(bad, pa.ChunkedArray) else bad
     first = pc.and_(pc.is_null(reasons), pc.fill_null(bad, False))
     return pc.if_else(first, reason, reasons)
+
+
+def _runs_python(kind: pa.DataType) -> bool:
+    """Say whether a type is one that Python defines, at any depth: Ray's objects are pickles, which run when read."""
+    if isinstance(kind, pa.ExtensionType):
+        return True
+    inner = [kind.value_type] if pa.types.is_dictionary(kind) else [kind.field(i).type for i in range(kind.num_fields)]
+    return any(map(_runs_python, inner))
 
 
 def _cast(column: pa.ChunkedArray, wanted: pa.DataType) -> pa.ChunkedArray:
