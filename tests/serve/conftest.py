@@ -31,6 +31,7 @@ from mixer_platform.storage import open_storage
 
 SIZE, DIM, ITEMS, SHARDS = 16, 48, 60, 3
 MODEL, INDEX = "model-a", "index-a"
+COLOURS = ["red", "green", "blue", None]
 ODD_ID = "shop/no. 7?"  # an item id that a path must carry
 
 
@@ -107,6 +108,7 @@ def write_shard(folder: Path, name: str, ids: np.ndarray, item_ids: list[str], e
             "title": [None if i == 1 else f"Item {i}" for i in ids],
             "description": [f"The item number {i}" if i % 2 else None for i in ids],
             "image": [f"images/{i}.jpg" for i in ids],
+            "colour": [COLOURS[i % 4] for i in ids],
             "price": pa.array([float("nan") if i == 2 else i / 2 for i in ids], pa.float64()),
         }
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,14 +17,17 @@ import pytest
 from ray import serve
 from starlette.testclient import TestClient
 
+from mixer_platform.gallery import calibration_key
 from mixer_platform.serve.api import create_api
 from mixer_platform.serve.engine import Engine
 from mixer_platform.serve.errors import ApiError
-from mixer_platform.serve.loading import open_beside
+from mixer_platform.serve.loading import calibrated, open_beside
 from mixer_platform.serve.parts import Deployed, QueryEncoder, ShardSearch
 from mixer_platform.serve.payload import BodyLimit
 from mixer_platform.serve.service import SearchService
 from mixer_platform.serve.swap import Swapper, check
+from mixer_platform.storage import open_storage
+from tests.serve.conftest import COLOURS
 
 Photo = Callable[..., bytes]
 
@@ -44,7 +48,7 @@ def client(workspace: Any, request: pytest.FixtureRequest) -> Iterator[TestClien
             entry.name: run(ShardSearch, config.workspace, entry, index.search, settings) for entry in index.shards
         }
         engine = Engine(index, Deployed(encoder, shards))
-    swapper = Swapper(engine, lambda: version, None)  # type: ignore[arg-type]
+    swapper = Swapper(engine, lambda: version, None, calibrated(config))  # type: ignore[arg-type]
     service = SearchService(swapper, config.serve)
     asyncio.run(check(engine))
     with TestClient(create_api(service, config)) as client:
@@ -103,7 +107,7 @@ def test_a_reply_holds_items_versions_and_timings(client: TestClient, photo: Pho
         "title": "Item 5",
         "score": pytest.approx(1, abs=1e-3),
         "probability": None,
-        "attributes": {"description": "The item number 5", "image": "images/5.jpg", "price": 2.5},
+        "attributes": {"description": "The item number 5", "image": "images/5.jpg", "colour": "green", "price": 2.5},
     }
     timings = reply["timings_ms"]
     assert timings["encode"] > 0
@@ -115,7 +119,7 @@ def test_a_reply_holds_items_versions_and_timings(client: TestClient, photo: Pho
 def test_null_columns_are_left_out_and_nan_is_null(client: TestClient, photo: Photo):
     assert search(client, photo(1), k=1).json()["items"][0]["title"] is None
     attributes = search(client, photo(2), k=1).json()["items"][0]["attributes"]
-    assert attributes == {"image": "images/2.jpg", "price": None}
+    assert attributes == {"image": "images/2.jpg", "colour": "blue", "price": None}
 
 
 def test_json_and_multipart_give_the_same(client: TestClient, photo: Photo):
@@ -269,6 +273,105 @@ def test_a_bare_picture_takes_its_options_from_the_query_string(client: TestClie
     assert error_of(reply, 422, "invalid_request") == "limit is not a known field"
 
 
+@pytest.mark.parametrize("form", ["multipart", "json", "query"])
+def test_only_what_passes_a_filter_is_searched(client: TestClient, workspace: Any, photo: Photo, form: str):
+    query, where = photo(21), {"colour": ["red", "blue"], "price": {"gte": 2, "lt": 20}}
+    if form == "multipart":
+        reply = search(client, query, k=50, filter=json.dumps(where))
+    elif form == "json":
+        reply = client.post("/v1/search", json={"image": as_json(query), "k": 50, "filter": where})
+    else:
+        options = {"k": "50", "filter": json.dumps(where)}
+        reply = client.post("/v1/search", params=options, content=query, headers={"content-type": "image/jpeg"})
+    passing = {workspace.item_ids[i] for i in range(4, 40, 2)}  # colours come by fours, prices by halves
+    assert ids(reply) == [each for each in workspace.exact(workspace.embed(query), 60) if each in passing]
+    assert reply.json()["next_offset"] is None
+    assert len(ids(reply)) == 18
+
+
+def test_filters_narrow_similar_items_and_batches(client: TestClient, workspace: Any, photo: Photo):
+    where = json.dumps({"colour": "green"})
+    similar = ids(client.get("/v1/items/item-005/similar", params={"k": 50, "filter": where}))
+    green = [workspace.item_ids[i] for i in range(1, 60, 4)]
+    assert similar == [
+        each for each in workspace.exact(workspace.embeddings[5], 60) if each in green and each != "item-005"
+    ]
+    reply = client.post("/v1/search/batch", files=[("photos", photo(1)), ("photos", photo(2))], data={"filter": where})
+    for result, query in zip(reply.json()["results"], (photo(1), photo(2)), strict=True):
+        expected = [each for each in workspace.exact(workspace.embed(query), 60) if each in {*green, "item-005"}][:10]
+        assert [item["id"] for item in result["items"]] == expected
+
+
+@pytest.mark.parametrize(
+    ("where", "sentence"),
+    [
+        ({"color": "red"}, "color"),
+        ({"price": {"near": 3}}, "price"),
+        ([1], "filter should be an object, found [1]"),
+        ("{", "filter should be a JSON object, found '{'"),
+    ],
+)
+def test_a_filter_that_makes_no_sense_is_told(client: TestClient, photo: Photo, where: Any, sentence: str):
+    message = error_of(
+        client.post("/v1/search", json={"image": as_json(photo(1)), "filter": where}), 422, "invalid_request"
+    )
+    assert sentence in message
+
+
+def test_attributes_say_what_filters_may_name(client: TestClient):
+    attributes = {each["name"]: each for each in client.get("/v1/attributes").json()["attributes"]}
+    assert set(attributes) == {"title", "description", "image", "colour", "price"}
+    assert attributes["colour"] == {
+        "name": "colour",
+        "kind": "text",
+        "values": ["blue", "green", "red"],
+        "min": None,
+        "max": None,
+    }
+    assert (attributes["price"]["kind"], attributes["price"]["min"], attributes["price"]["max"]) == ("number", 0, 29.5)
+
+
+def test_one_result_of_each_value_or_each_look(client: TestClient, workspace: Any, photo: Photo):
+    query = photo(3)
+    ranked = workspace.exact(workspace.embed(query), 51)  # max_k, and one to know whether there is more
+    colours = {item: COLOURS[i % 4] for i, item in enumerate(workspace.item_ids)}
+    expected, seen = [], set()
+    for item in ranked:
+        if colours[item] is None or colours[item] not in seen:
+            expected.append(item)
+            seen.add(colours[item])
+    assert ids(search(client, query, k=18, group_by="colour")) == expected
+    assert ids(search(client, query, k=5, offset=5, group_by="colour")) == expected[5:10]
+    alike = ids(search(client, query, k=50, group_by="look"))
+    assert len({"item-003", "item-004"} & set(alike)) == 1
+    assert alike == [item for item in ranked if item in alike]
+    names = "title, description, image, colour, price"
+    message = error_of(search(client, query, group_by="size"), 422, "invalid_request")
+    assert message == f"group_by is 'size'; it must be look or one of {names}"
+
+
+def test_nothing_similar_enough_is_an_answer(client: TestClient, workspace: Any, photo: Photo):
+    key = calibration_key("model-a")
+    storage = open_storage(workspace.config.workspace)
+    message = error_of(search(client, photo(5), min_probability=0.5), 422, "invalid_request")
+    assert message == "min_probability: this model's scores are not calibrated; run jobs/evaluate.py"
+    try:
+        storage.write(key, json.dumps({"slope": 20, "intercept": -15}).encode())
+        while not client.get("/v1/status").json()["calibrated"]:
+            pass
+        reply = search(client, photo(5), min_probability=0.9).json()
+        assert [item["id"] for item in reply["items"]] == ["item-005"]
+        (item,) = reply["items"]
+        assert item["probability"] == pytest.approx(1 / (1 + np.exp(15 - 20 * item["score"])), abs=1e-6)
+        assert (reply["next_offset"], reply["nothing_similar"]) == (None, False)
+        nothing = search(client, photo(5), min_probability=1).json()
+        assert (nothing["items"], nothing["nothing_similar"]) == ([], True)
+    finally:
+        storage.delete("calibration")
+        while client.get("/v1/status").json()["calibrated"]:
+            pass
+
+
 def test_pages_follow_one_another_to_the_end(client: TestClient, workspace: Any, photo: Photo):
     query, found, offset = photo(12), [], 0
     while offset is not None:
@@ -296,7 +399,7 @@ def test_an_item_is_shown(client: TestClient):
     assert client.get("/v1/items/item-005").json() == {
         "id": "item-005",
         "title": "Item 5",
-        "attributes": {"description": "The item number 5", "image": "images/5.jpg", "price": 2.5},
+        "attributes": {"description": "The item number 5", "image": "images/5.jpg", "colour": "green", "price": 2.5},
     }
     assert error_of(client.get("/v1/items/nothing"), 404, "unknown_item") == "index index-a holds no item 'nothing'"
 

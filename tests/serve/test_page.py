@@ -106,7 +106,7 @@ def test_a_photo_finds_its_item(open_page: Open, workspace: Any, photo: Photo):
     expect(page.locator("#latency")).to_contain_text("Round trip")
     expect(page.get_by_role("status")).to_have_text("24 items. Nearest: Item 5.")
     expect(page.locator("#results-title")).to_be_focused()
-    page.wait_for_function("document.querySelector('.card img').naturalWidth === 40")
+    page.wait_for_function("() => document.querySelector('.card img').naturalWidth === 40")
 
 
 def test_more_like_this_and_the_way_back(open_page: Open, workspace: Any, photo: Photo):
@@ -119,7 +119,7 @@ def test_more_like_this_and_the_way_back(open_page: Open, workspace: Any, photo:
     assert page.url.endswith("/?like=item-005")
     expect(page.get_by_role("heading", name="More like this")).to_be_visible()
     expect(page.locator("#latency")).not_to_contain_text("Encode")
-    page.wait_for_function("document.querySelector('#like').naturalWidth === 40")
+    page.wait_for_function("() => document.querySelector('#like').naturalWidth === 40")
     page.go_back()
     ids(page, ["item-005"])
     expect(page.get_by_role("heading", name="Your photo")).to_be_visible()
@@ -378,7 +378,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(open_page: Open, photo: Photo):
     expect(dialog).to_be_hidden()
     show(page, photo(5))
     ids(page, ["item-005"])
-    page.wait_for_function("document.querySelector('.card img').naturalWidth === 40")
+    page.wait_for_function("() => document.querySelector('.card img').naturalWidth === 40")
     page.reload()
     expect(page.locator("#catalogue")).to_have_text("60 items")
     expect(dialog).to_be_hidden()

@@ -140,7 +140,7 @@ def client_of(encoder: FakeHandle, *shards: FakeHandle, **serve: Any) -> TestCli
     index: Any = SimpleNamespace(version="index-a", model="model-a", dim=DIM, items=9, shards=shards)
     handles: Any = {f"shard-{number}": handle for number, handle in enumerate(shards)}
     engine = Engine(index, Deployed(encoder, handles), degrade=config.serve.lost_shard == "degrade")  # type: ignore[arg-type]
-    service = SearchService(Swapper(engine, lambda: "index-a", None), config.serve)  # type: ignore[arg-type]
+    service = SearchService(Swapper(engine, lambda: "index-a", None, lambda model: None), config.serve)  # type: ignore[arg-type]
     return TestClient(api.create_api(service, config), raise_server_exceptions=False)
 
 

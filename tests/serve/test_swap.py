@@ -10,7 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from mixer_platform.serve.api import create_api
-from mixer_platform.serve.loading import open_beside, wished
+from mixer_platform.serve.loading import calibrated, open_beside, wished
 from mixer_platform.serve.service import SearchService
 from mixer_platform.serve.swap import Swapper, check
 from tests.serve.conftest import publish_version, serve_version
@@ -27,7 +27,7 @@ def swapper(fresh_workspace: Any) -> Swapper:
     async def load(version: str) -> Any:
         return await asyncio.to_thread(open_beside, config, version)
 
-    return Swapper(engine, wished(config), load)
+    return Swapper(engine, wished(config), load, calibrated(config))
 
 
 @pytest.fixture

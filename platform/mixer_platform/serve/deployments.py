@@ -17,7 +17,7 @@ from mixer_platform.errors import MixerError
 from mixer_platform.serve.api import create_api
 from mixer_platform.serve.engine import Engine
 from mixer_platform.serve.keys import key_ring
-from mixer_platform.serve.loading import backend_name, is_running, open_beside, open_deployed, wished
+from mixer_platform.serve.loading import backend_name, calibrated, is_running, open_beside, open_deployed, wished
 from mixer_platform.serve.service import SearchService
 from mixer_platform.serve.swap import Swapper, check
 
@@ -33,7 +33,7 @@ class Ingress:
         self._config, self._beside, self._ring = config, beside, key_ring(config.serve, os.environ)
         engine = await self._load(version)
         await check(engine)
-        self._swapper = Swapper(engine, wished(config), self._load)
+        self._swapper = Swapper(engine, wished(config), self._load, calibrated(config))
         self._service = SearchService(self._swapper, config.serve, None if beside else self._batches)
         self._encoders = 1
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mixer.calibration import Calibration
 from mixer_platform.attributes import merge_attributes, merged_schema, with_schema
 from mixer_platform.gallery import MISSING, IndexManifest, merge_top_k
 from mixer_platform.serve.errors import UNAVAILABLE, ApiError, unavailable, unreadable
@@ -53,13 +54,13 @@ def merge(found: Sequence[Found], k: int) -> tuple[np.ndarray, np.ndarray, pa.Ta
 
 
 class Engine:
-    """The encoder and the shards of one index version. It never changes, so it never mixes two versions."""
+    """The encoder and the shards of one index version. Its parts never change, so it never mixes two versions."""
 
     def __init__(
         self,
         index: IndexManifest,
         parts: Parts,
-        calibration: Any = None,
+        calibration: Calibration | None = None,
         degrade: bool = True,
     ) -> None:
         """`degrade`: answer without shards that are lost; else such a query fails."""

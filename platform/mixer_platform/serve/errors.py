@@ -68,4 +68,5 @@ def sentence(errors: Sequence[Any]) -> str:
         return f"{field} is not a known field"
     if first["type"] == "json_invalid":
         return f"the body is not JSON: {first['ctx']['error']}"
-    return f"{field} {first['msg'].removeprefix('Input ')}, found {reprlib.repr(first['input'])}"
+    said = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    return f"{field} {said}, found {reprlib.repr(first['input'])}"

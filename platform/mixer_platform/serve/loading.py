@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 from ray import serve
 
+from mixer.calibration import Calibration
 from mixer.embedder import QUERY_GRAPH, SETTINGS
 from mixer_platform import gallery, versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import MixerError, StorageError, VersionError
-from mixer_platform.gallery import IndexManifest, check_model, current_version, read_manifest
+from mixer_platform.gallery import IndexManifest, check_model, current_version, read_calibration, read_manifest
 from mixer_platform.serve.engine import Engine
 from mixer_platform.serve.parts import ENCODER, MODELS, Beside, Deployed, Parts, QueryEncoder, ShardSearch
 from mixer_platform.storage import Storage, open_storage
@@ -28,6 +29,12 @@ def wished(config: RunConfig) -> Callable[[], str]:
     """Return what reads the index version to serve: CURRENT, or the one that the configuration names."""
     storage = open_storage(config.workspace)
     return (lambda: current_version(storage)) if config.serve.index == "current" else (lambda: config.serve.index)
+
+
+def calibrated(config: RunConfig) -> Callable[[str], Calibration | None]:
+    """Return what reads the calibration of a model's scores."""
+    storage = open_storage(config.workspace)
+    return lambda model: read_calibration(storage, model)
 
 
 def are_beside(config: RunConfig, manifest: IndexManifest) -> bool:
@@ -118,4 +125,5 @@ def read_checked(storage: Storage, config: RunConfig, version: str) -> IndexMani
 
 def _engine(storage: Storage, config: RunConfig, manifest: IndexManifest, parts: Parts) -> Engine:
 
-    return Engine(manifest, parts, degrade=config.serve.lost_shard == "degrade")
+    calibration = read_calibration(storage, manifest.model)
+    return Engine(manifest, parts, calibration, degrade=config.serve.lost_shard == "degrade")

@@ -94,7 +94,7 @@ class SearchService:
         """Yield how many items to ask for: one more than is shown, which tells whether there is a next page; where
         some turn out to be alike, more and more."""
         shown, most = options.offset + options.k + 1, self._config.max_k + 1
-        for depth in depths(shown, most) if options.group_by else [shown]:
+        for depth in depths(shown, most, spare=2 if options.group_by else 1):
             yield depth + more
 
     async def _page(

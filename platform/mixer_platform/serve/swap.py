@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
+from mixer.calibration import Calibration
 from mixer_platform.errors import MixerError
 from mixer_platform.serve.engine import Engine, Query, Ranking
 from mixer_platform.serve.errors import ApiError
@@ -23,12 +24,21 @@ log = logging.getLogger(__name__)
 class Swapper:
     """Holds the engine that answers, and replaces it by the one of the wished version when that is ready."""
 
-    def __init__(self, engine: Engine, wished: Callable[[], str], load: Callable[[str], Awaitable[Engine]]) -> None:
-        """`wished` reads the version to serve (it may block); `load` opens it. Both raise MixerError."""
+    def __init__(
+        self,
+        engine: Engine,
+        wished: Callable[[], str],
+        load: Callable[[str], Awaitable[Engine]],
+        calibrated: Callable[[str], Calibration | None],
+    ) -> None:
+        """`wished` reads the version to serve, `load` opens it, `calibrated` reads what a model's scores are worth.
+
+        The first and the last may block. All raise MixerError.
+        """
         self.engine = engine
         self.loading: str | None = None
         self.last_swap: Swap | None = None
-        self._wished, self._load = wished, load
+        self._wished, self._load, self._calibrated = wished, load, calibrated
 
     async def follow(self, every_s: float) -> None:
         """Look every `every_s` seconds, for ever, whether another version is wished."""
@@ -40,6 +50,8 @@ class Swapper:
         """Bring in the wished version if it is not the one that answers. What fails is told and tried again."""
         try:
             version = await asyncio.to_thread(self._wished)
+            # A model is evaluated once it is served: what its scores are worth comes later, and may be told anew.
+            self.engine.calibration = await asyncio.to_thread(self._calibrated, self.engine.index.model)
         except MixerError as error:
             log.warning("which index to serve cannot be read: %s", error)
             return
