@@ -150,6 +150,8 @@ class ReplicasConfig(Section):
     max_replicas: int = Field(4, ge=1)
     target_ongoing_requests: float = Field(4, gt=0)
     cpus: float = Field(0.2, gt=0)
+    upscale_delay_s: float = Field(10, ge=0, description="how long the load must be high before replicas are added")
+    downscale_delay_s: float = Field(300, ge=0, description="how long it must be low before some are taken away")
 
 
 class ServeConfig(Section):
@@ -170,7 +172,9 @@ class ServeConfig(Section):
     max_queued: int = Field(32, ge=1, description="photos waiting in a replica before new ones get 503")
     timeout_ms: float = Field(5000, gt=0, description="what a request may take; a client may ask for less")
     follow_s: float = Field(2, ge=0, description="seconds from look to look at index/CURRENT; 0: never")
-    retire_s: float = Field(60, ge=0, description="layout deployments: how long those of a version outlive its turn")
+    retire_s: float = Field(
+        30, ge=0, description="layout deployments: how long those of a version stay that is no longer asked"
+    )
     lost_shard: Literal["degrade", "fail"] = Field(
         "degrade", description="where a shard does not answer: the items of the others, marked, or 503"
     )

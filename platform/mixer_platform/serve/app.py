@@ -77,6 +77,8 @@ def _deployment(implementation: type, name: str, replicas: ReplicasConfig, ongoi
             min_replicas=replicas.min_replicas,
             max_replicas=replicas.max_replicas,
             target_ongoing_requests=replicas.target_ongoing_requests,
+            upscale_delay_s=replicas.upscale_delay_s,
+            downscale_delay_s=replicas.downscale_delay_s,
         ),
         max_ongoing_requests=max(ongoing, math.ceil(replicas.target_ongoing_requests)),
         max_queued_requests=ongoing * 64,

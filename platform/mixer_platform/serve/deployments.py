@@ -6,20 +6,25 @@ import asyncio
 import logging
 import os
 import time
+from contextlib import suppress
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
 
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import MixerError
 from mixer_platform.serve.api import create_api
 from mixer_platform.serve.engine import Engine
 from mixer_platform.serve.keys import key_ring
-from mixer_platform.serve.loading import backend_name, calibrated, is_running, open_beside, open_deployed, wished
+from mixer_platform.serve.loading import backend_name, calibrated, open_beside, open_deployed, wished
 from mixer_platform.serve.service import SearchService
 from mixer_platform.serve.swap import Swapper, check
+
+HOLD_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +33,15 @@ log = logging.getLogger(__name__)
 class Ingress:
     """The HTTP side, and with shards beside it all of the service."""
 
-    async def __init__(self, config: RunConfig, version: str, beside: bool, backends: object = None) -> None:  # type: ignore[misc]
-        """Open and check the index version. Raises MixerError."""
+    async def __init__(self, config: RunConfig, version: str, beside: bool, backends: Any = None) -> None:  # type: ignore[misc]
+        """Open and check the index version. `backends`: the handle of `Backends`. Raises MixerError."""
         self._config, self._beside, self._ring = config, beside, key_ring(config.serve, os.environ)
         engine = await self._load(version)
         await check(engine)
         self._swapper = Swapper(engine, wished(config), self._load, calibrated(config))
-        self._service = SearchService(self._swapper, config.serve, None if beside else self._batches)
-        self._encoders = 1
+        self._service = SearchService(self._swapper, config.serve)
+        if backends is not None:
+            self._holding = asyncio.create_task(self._hold(backends))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self._service, self._config, self._ring)
@@ -45,17 +51,25 @@ class Ingress:
             return await asyncio.to_thread(open_beside, self._config, version)
         return await open_deployed(self._config, version)
 
-    def _batches(self) -> int:
-        return self._config.serve.concurrent_batches
+    async def _hold(self, backends: DeploymentHandle) -> None:
+        """Say again and again which version is asked here, so that it stays."""
+        while True:
+            with suppress(RayError, RayServeException):
+                await backends.hold.remote(self._swapper.engine.index.version)
+            await asyncio.sleep(HOLD_S)
 
 
 class Backends:
-    """Keeps a Serve application of encoder and shards for the wished version, and for a while the one before."""
+    """Keeps a Serve application of encoder and shards for the wished version, and for those that are asked."""
 
     def __init__(self, config: RunConfig) -> None:
         self._config, self._wished = config, wished(config)
-        self._since: dict[str, float] = {}  # when a version was last wished
+        self._held: dict[str, float] = {}  # when a version was last wished or asked
         self._task = asyncio.get_running_loop().create_task(self._follow())
+
+    async def hold(self, version: str) -> None:
+        """Let the deployments of a version stay for another while."""
+        self._held[version] = time.monotonic()
 
     async def _follow(self) -> None:
         while True:
@@ -77,12 +91,10 @@ class Backends:
                 [serve.RunTarget(backend(self._config, version), name, route_prefix=None)],
                 wait_for_applications_running=False,
             )
-        self._since[version] = now
-        if not is_running(name):
-            return
+        self._held[version] = now
         for old in [each for each in running if each.startswith(backend_name("")) and each != name]:
-            since = self._since.setdefault(old.removeprefix(backend_name("")), now)
-            if now - since > self._config.serve.retire_s:
+            held = self._held.setdefault(old.removeprefix(backend_name("")), now)
+            if now - held > self._config.serve.retire_s:
                 serve.delete(old, _blocking=False)
 
 

@@ -69,6 +69,15 @@ class Engine:
         self.schema: pa.Schema = pa.schema([])
         self.attributes: list[Any] = []
 
+    @property
+    def batches(self) -> int:
+        """How many batches may be in work at a time."""
+        return self._parts.batches
+
+    async def refresh(self) -> None:
+        """Look how many `batches` there may be now."""
+        await self._parts.refresh()
+
     async def describe(self, expires: float) -> None:
         """Learn the index's attributes from its shards. Raises ApiError."""
         described, lost = await self._ask("describe", expires=expires)

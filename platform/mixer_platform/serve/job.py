@@ -21,7 +21,7 @@ from mixer_platform.errors import MixerError
 from mixer_platform.gallery import read_manifest
 from mixer_platform.loopback import open_url
 from mixer_platform.serve.app import application
-from mixer_platform.serve.loading import APPLICATION, START_TIMEOUT_S, backend_name, last_sentence, why_failed
+from mixer_platform.serve.loading import APPLICATION, START_TIMEOUT_S, are_beside, backend_name, last_sentence, why_failed
 from mixer_platform.storage import open_storage
 
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -45,6 +45,8 @@ def serve(config: RunConfig) -> dict[str, Any]:
     _wait_until_running()
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     _wait_until_ready(url)
+    if are_beside(config, manifest):
+        _delete_backends()  # of another layout before
     return {
         "url": url,
         "index": manifest.version,
@@ -69,9 +71,7 @@ def wait_for_interrupt() -> None:
 def stop() -> None:
     """Take the application down, and Ray Serve with it if nothing else runs there."""
     ray_serve.delete(APPLICATION)
-    for name in ray_serve.status().applications:
-        if name.startswith(backend_name("")):
-            ray_serve.delete(name)
+    _delete_backends()
     if not ray_serve.status().applications:
         ray_serve.shutdown()
 
@@ -105,6 +105,12 @@ def free_port(host: str, port: int) -> int:
                 raise MixerError(f"{host}:{port} cannot be listened on: {error.strerror}; set serve.host") from error
             raise MixerError(f"port {port} on {host} is in use; stop what uses it or set serve.port=...") from error
         return probe.getsockname()[1]
+
+
+def _delete_backends() -> None:
+    for name in ray_serve.status().applications:
+        if name.startswith(backend_name("")):
+            ray_serve.delete(name)
 
 
 def _wait_until_running() -> None:

@@ -68,7 +68,14 @@ async def open_deployed(config: RunConfig, version: str) -> Engine:
             await asyncio.sleep(LOOK_S)
     encoder = serve.get_deployment_handle(ENCODER, name)
     shards = {entry.name: serve.get_deployment_handle(entry.name, name) for entry in manifest.shards}
-    return _engine(storage, config, manifest, Deployed(encoder, shards))
+    parts = Deployed(encoder, shards, config.serve.concurrent_batches, lambda: running_encoders(name))
+    return _engine(storage, config, manifest, parts)
+
+
+def running_encoders(name: str) -> int:
+    """Return how many replicas of the encoder an application has."""
+    application = serve.status().applications.get(name)
+    return application.deployments[ENCODER].replica_states.get("RUNNING", 0) if application else 0
 
 
 def is_running(name: str) -> bool:

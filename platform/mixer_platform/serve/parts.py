@@ -51,6 +51,10 @@ class Parts(Protocol):
     """The encoder and the shards of an index version, wherever they run."""
 
     names: list[str]  # of the shards
+    batches: int  # that may be in work at a time
+
+    async def refresh(self) -> None:
+        """Look how many `batches` there may be now."""
 
     async def encode(self, photos: Sequence[bytes], expires: float) -> tuple[np.ndarray, list[str | None]]:
         """Do as `QueryEncoder.encode`. Raises ApiError."""
@@ -144,7 +148,7 @@ class Beside:
 
     def __init__(self, encoder: QueryEncoder, shards: Mapping[str, ShardSearch], threads: int) -> None:
         """`threads`: how many calls are in work at a time; it bounds how many large pictures are in memory at once."""
-        self.names = list(shards)
+        self.names, self.batches = list(shards), threads
         self._encoder, self._shards = encoder, list(shards.values())
         self._workers = ThreadPoolExecutor(threads, thread_name_prefix="parts")
 
@@ -160,6 +164,9 @@ class Beside:
     async def unready(self, expires: float) -> list[str]:
         return []
 
+    async def refresh(self) -> None:
+        pass
+
     async def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
 
@@ -167,9 +174,20 @@ class Beside:
 class Deployed:
     """Parts that are deployments: calls go to any of their replicas, and to another one if that dies."""
 
-    def __init__(self, encoder: DeploymentHandle, shards: Mapping[str, DeploymentHandle]) -> None:
-        self.names = list(shards)
-        self._encoder, self._shards = encoder, shards
+    def __init__(
+        self,
+        encoder: DeploymentHandle,
+        shards: Mapping[str, DeploymentHandle],
+        batches: int = 1,
+        encoders: Callable[[], int] = lambda: 1,
+    ) -> None:
+        """`batches`: how many an encoder has in work at a time; `encoders` says how many there are, and may block."""
+        self.names, self.batches = list(shards), batches
+        self._encoder, self._shards, self._batches, self._encoders = encoder, shards, batches, encoders
+
+    async def refresh(self) -> None:
+        # As many as the encoders take: more would wait in front of them in small batches, not here in large ones.
+        self.batches = self._batches * max(1, await asyncio.to_thread(self._encoders))
 
     async def encode(self, photos: Sequence[bytes], expires: float) -> tuple[np.ndarray, list[str | None]]:
         return await _call(ENCODER, self._encoder, "encode", photos, expires=expires)

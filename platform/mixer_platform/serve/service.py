@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,11 +25,10 @@ from mixer_platform.serve.swap import Swapper
 class SearchService:
     """Answer queries by whatever engine `swapper` holds when their turn comes."""
 
-    def __init__(self, swapper: Swapper, config: ServeConfig, concurrent: Callable[[], int] | None = None) -> None:
-        """`concurrent`: how many batches may be in work at a time; default: as configured."""
+    def __init__(self, swapper: Swapper, config: ServeConfig) -> None:
         self.swapper, self._config = swapper, config
         self.batcher: Batcher[Query, Ranking | ApiError] = Batcher(
-            self._answer, config.max_batch, concurrent or (lambda: config.concurrent_batches), config.max_queued
+            self._answer, config.max_batch, lambda: self.engine.batches, config.max_queued
         )
 
     @property

@@ -8,6 +8,8 @@ import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
 
 from mixer.calibration import Calibration
 from mixer_platform.errors import MixerError
@@ -52,7 +54,8 @@ class Swapper:
             version = await asyncio.to_thread(self._wished)
             # A model is evaluated once it is served: what its scores are worth comes later, and may be told anew.
             self.engine.calibration = await asyncio.to_thread(self._calibrated, self.engine.index.model)
-        except MixerError as error:
+            await self.engine.refresh()
+        except (MixerError, RayServeException, RayError) as error:
             log.warning("which index to serve cannot be read: %s", error)
             return
         if version == self.engine.index.version:
