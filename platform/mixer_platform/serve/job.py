@@ -21,7 +21,14 @@ from mixer_platform.errors import MixerError
 from mixer_platform.gallery import read_manifest
 from mixer_platform.loopback import open_url
 from mixer_platform.serve.app import application
-from mixer_platform.serve.loading import APPLICATION, START_TIMEOUT_S, are_beside, backend_name, last_sentence, why_failed
+from mixer_platform.serve.loading import (
+    APPLICATION,
+    START_TIMEOUT_S,
+    are_beside,
+    backend_name,
+    last_sentence,
+    why_failed,
+)
 from mixer_platform.storage import open_storage
 
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}

@@ -1,0 +1,95 @@
+"""Replicas follow the load, and nodes follow the replicas, by Ray's own autoscaler with nodes of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixer_platform.serve.ingress import own_ports, prepare
+from tests.conftest import ROOT
+from tests.serve.conftest import make_workspace
+
+pytestmark = pytest.mark.slow
+HEAD, WORKER = "head", "worker"
+CLUSTER: dict[str, Any] = {
+    "cluster_name": "autoscaled",
+    "max_workers": 3,
+    "upscaling_speed": 1.0,
+    "idle_timeout_minutes": 0.05,
+    "provider": {"type": "fake_multinode"},
+    "auth": {},
+    "docker": {},
+    "head_node_type": HEAD,
+    "available_node_types": {
+        HEAD: {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+        WORKER: {
+            "resources": {"CPU": 2, "object_store_memory": 100_000_000},
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": 3,
+        },
+    },
+    **{name: [] for name in ("setup_commands", "head_setup_commands", "worker_setup_commands")},
+    **{name: [] for name in ("initialization_commands", "head_start_ray_commands", "worker_start_ray_commands")},
+    "cluster_synced_files": [],
+    "file_mounts": {},
+}
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A head and the autoscaler; yields the environment of who uses it."""
+    path = tmp_path / "cluster.yaml"
+    path.write_text(json.dumps(CLUSTER))
+    ports = own_ports()
+    port = ports["RAY_SERVE_HAPROXY_STATS_PORT"]
+    ports["RAY_SERVE_HAPROXY_STATS_PORT"] = str(int(port) + 1)
+    environment = {
+        **os.environ,
+        **prepare(),
+        **ports,
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_FAKE_CLUSTER": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_ADDRESS": "",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "platform")]),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    environment.pop("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", None)
+    with tempfile.TemporaryDirectory(prefix="mixer-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
+        command = ["ray", "start", "--head", "--block", "--num-cpus=1", "--include-dashboard=false"]
+        command += [f"--autoscaling-config={path}", f"--temp-dir={scratch}", f"--port={port}", "--disable-usage-stats"]
+        command += ["--node-ip-address=127.0.0.1"]
+        with (tmp_path / "ray.log").open("w") as log:
+            head = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        try:
+            yield {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+        finally:
+            os.killpg(head.pid, signal.SIGTERM)
+            head.wait(60)
+
+
+def test_replicas_and_nodes_come_with_load_and_go_without(cluster: dict[str, str], tmp_path: Path):
+    make_workspace(tmp_path / "workspace")
+    command = [sys.executable, str(ROOT / "tests/serve/autoscaling.py"), str(tmp_path / "workspace")]
+    ran = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=500)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    seen = json.loads(ran.stdout.splitlines()[-1])
+    one = {"QueryEncoder": 1, "shard-00000": 1, "shard-00001": 1}
+    assert {name: count for name, count in seen["first"].items() if name != "nodes"} == one
+    assert {name: count for name, count in seen["loaded"].items() if name != "nodes"} == dict.fromkeys(one, 2)
+    assert seen["loaded"]["nodes"] > seen["first"]["nodes"] > 1
+    assert seen["idle"] == seen["first"]
+    assert seen["failed"] == 0
+    assert seen["requests"] > 100
