@@ -1,7 +1,7 @@
 """A Chromium for tests that needs neither root nor libraries of the machine, and axe-core, which judges accessibility.
 
 Both come once as archives of the npm registry and stay in `workspace/browser`. Elsewhere than on Linux on x86-64, or
-without the registry, an installed Chromium or Chrome is used.
+without the registry, an installed Chromium or Chrome is used; the environment's CHROMIUM may name one.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def axe() -> str:
 
 def _find() -> tuple[str, dict[str, str]]:
     """Return a Chromium and the environment that it needs."""
+    if named := os.environ.get("CHROMIUM"):
+        return named, {}
     if (platform.system(), platform.machine()) == ("Linux", "x86_64"):
         try:
             folder = _unpacked()
