@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 from tests.serve.conftest import make_workspace
 
 pytestmark = pytest.mark.slow
-HEAD, WORKER = "head", "worker"
+HEAD, WORKER = "ray.head.default", "worker"  # the first is the name that the provider knows
 CLUSTER: dict[str, Any] = {
     "cluster_name": "autoscaled",
     "max_workers": 3,
