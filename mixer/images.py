@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mixer.containers import TooCostly, only_pixels
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 40_000_000
+MAX_SIDE = 65_535  # as JPEG's; a picture one pixel wide takes many times the memory of its pixels
 Image.MAX_IMAGE_PIXELS = None  # decode() checks against a lower limit and says so itself
 
 
@@ -38,30 +41,42 @@ class ImagePreprocess:
 def decode(data: bytes, min_side: int = 1) -> Image.Image:
     """Decode JPEG, PNG or WebP, told by content, into RGB, upright as the camera's EXIF says, transparency on white.
 
-    The size is checked before any pixel is decoded. Raises UnreadableImage.
+    Of a picture that moves, the first frame. The size is checked before any pixel is decoded, and what else a file may
+    make a decoder do is bounded (`mixer.containers`): the costliest that passes takes some seconds and half a gigabyte.
+    Raises UnreadableImage.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise UnreadableImage(f"picture of {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million")
-        if min(width, height) < min_side:
-            raise UnreadableImage(f"picture of {width} x {height} pixels; each side needs {min_side}")
-        orientation = image.getexif().get(0x0112, 1)
+        pixels = only_pixels(data)
+        for size in pixels.sizes:
+            _check_size(*size)
+        image: Image.Image = Image.open(io.BytesIO(pixels.data), formats=FORMATS)
+        _check_size(*image.size, min_side)
         image.draft("RGB", (2 * 256, 2 * 256))  # JPEG: decode at a fraction of the size where that is enough
         if image.mode.startswith("I;16"):  # convert() would clip 16 bits to 8, not scale them
             image = image.point(lambda value: value / 257)
         image = image.convert("RGBA" if _has_alpha(image) else "RGB")
     except UnidentifiedImageError:
         raise UnreadableImage("not a JPEG, PNG or WebP picture") from None
+    except TooCostly as error:
+        raise UnreadableImage(str(error)) from None
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         if isinstance(error, UnreadableImage):
             raise
         raise UnreadableImage(f"broken picture: {str(error) or type(error).__name__}") from None
     if image.mode == "RGBA":
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert("RGB")
-    return _upright(image, orientation)
+        opaque = Image.new("RGB", image.size, "white")
+        opaque.paste(image, mask=image)
+        image = opaque
+    return _upright(image, pixels.orientation)
+
+
+def _check_size(width: int, height: int, min_side: int = 0) -> None:
+    if width * height > MAX_PIXELS:
+        raise UnreadableImage(f"picture of {width} x {height} pixels; at most {MAX_PIXELS // 10**6} million")
+    if max(width, height) > MAX_SIDE:
+        raise UnreadableImage(f"picture of {width} x {height} pixels; each side at most {MAX_SIDE:,}")
+    if min(width, height) < min_side:
+        raise UnreadableImage(f"picture of {width} x {height} pixels; each side needs {min_side}")
 
 
 def augment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
