@@ -21,7 +21,6 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = frozenset((b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"))
 _WEBP_PIXELS = frozenset((b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"))
 _WEBP_FRAMES = frozenset((b"VP8 ", b"VP8L", b"ANMF"))
-_WEBP_EXTRAS = 0x20 | 0x08 | 0x04  # the flags of VP8X that announce a profile, EXIF and XMP
 
 
 class TooCostly(ValueError):
@@ -116,7 +115,6 @@ def _webp(data: bytes) -> Pixels:
         chunk = data[at:end]
         if kind == b"VP8X" and length >= 10:
             sizes.append((1 + int.from_bytes(chunk[12:15], "little"), 1 + int.from_bytes(chunk[15:18], "little")))
-            chunk = chunk[:8] + bytes((chunk[8] & ~_WEBP_EXTRAS,)) + chunk[9:]
         if kind == b"EXIF":
             exif = exif or chunk[8:]
         elif kind == b"XMP ":

@@ -76,6 +76,7 @@ def test_what_stands_behind_the_end_is_cut_away() -> None:
         if " then " in name and not name.startswith(("html", "gif")):
             assert HTML not in only_pixels(whole).data
             assert decode(whole).size == (40, 30)
+    assert SECRET not in only_pixels(in_png() + chunk(b"IDAT", SECRET)).data
 
 
 def test_other_files_are_left_as_they_are() -> None:
