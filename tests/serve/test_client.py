@@ -19,40 +19,22 @@ from typing import Any
 
 import pytest
 import urllib3
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from mixer_platform.serve import client as client_module
-from mixer_platform.serve.api import create_api
 from mixer_platform.serve.client import Client, MixerHttpError, MixerUnreachableError
-from mixer_platform.serve.keys import KeyRing, make_key
-from mixer_platform.serve.loading import calibrated, open_beside
+from mixer_platform.serve.keys import make_key
 from mixer_platform.serve.schemas import ErrorReply, Page
-from mixer_platform.serve.service import SearchService
-from mixer_platform.serve.swap import Swapper, check
+from tests.serve.servers import running, service
 
 ROOT = Path(__file__).parents[2]
 PAGE = {"items": [], "next_offset": None, "nothing_similar": False}
 TIMINGS = {"encode": 1, "search": 1, "total": 2}
 REPLY = {**PAGE, "model": "m", "index": "i", "timings_ms": TIMINGS, "degraded": False, "missing_shards": []}
 Say = Callable[[Request], Response]
-
-
-@contextmanager
-def running(app: Any) -> Iterator[str]:
-    """Serve an ASGI application on a free port; yield its URL."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        thread.join(0.005)
-        assert thread.is_alive(), "the server did not start"
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = server.force_exit = True
-    thread.join(10)
 
 
 class Script:
@@ -355,15 +337,6 @@ def test_the_client_needs_neither_ray_nor_torch() -> None:
 # --- the service itself
 
 
-@contextmanager
-def service(workspace: Any, ring: KeyRing | None = None) -> Iterator[str]:
-    engine = open_beside(workspace.config, "index-a")
-    swapper = Swapper(engine, lambda: "index-a", None, calibrated(workspace.config))  # type: ignore[arg-type]
-    asyncio.run(check(engine))
-    with running(create_api(SearchService(swapper, workspace.config.serve), workspace.config, ring)) as url:
-        yield url
-
-
 @pytest.fixture(scope="module")
 def client(workspace: Any) -> Iterator[Client]:
     with service(workspace) as url, Client(url) as client:
@@ -428,8 +401,10 @@ def test_its_keys_are_asked_for(workspace: Any, photo: Any) -> None:
 def test_readiness_of_what_is_not_there() -> None:
     with Client("http://127.0.0.1:1") as client:
         assert not client.ready()
-    with Script(refusing(503)).running() as url, Client(url) as client:
+    script = Script(refusing(503))
+    with script.running() as url, Client(url) as client:
         assert not client.ready()
+    assert len(script.seen) == 1
     with Script(refusing(404)).running() as url, Client(url) as client, pytest.raises(MixerHttpError):
         client.ready()
 

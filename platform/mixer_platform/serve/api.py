@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -83,6 +84,8 @@ def create_api(service: SearchService, run: RunConfig, ring: KeyRing | None = No
         asked = request.headers.get(TIMEOUT_HEADER)
         try:
             allowed = config.timeout_ms if asked is None else min(float(asked), config.timeout_ms)
+            if math.isnan(allowed):  # no time is later than it
+                raise ValueError
         except ValueError:
             raise invalid(f"{TIMEOUT_HEADER} is {asked!r}; send a number of milliseconds") from None
         return time.time() + allowed / 1000

@@ -199,7 +199,6 @@ class Client:
         except BaseException:
             answer.close()  # what is left of the reply must not be taken for the next one's
             raise
-        answer.release_conn()
         return answer.status, answer.headers, bytes(content)
 
     def _parse(self, reply: type[Reply], content: bytes) -> Reply:

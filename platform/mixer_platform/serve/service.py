@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import reprlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -85,7 +86,9 @@ class SearchService:
     def _check(self, options: Options) -> None:
         names = [name for name in self.engine.schema.names if name not in ("id", "item_id")]
         if options.group_by not in (None, LOOK, *names):
-            raise invalid(f"group_by is {options.group_by!r}; it must be {LOOK} or one of {', '.join(names)}")
+            raise invalid(
+                f"group_by is {reprlib.repr(options.group_by)}; it must be {LOOK} or one of {', '.join(names)}"
+            )
         if options.min_probability and self.engine.calibration is None:
             raise invalid("min_probability: this model's scores are not calibrated; run jobs/evaluate.py")
 
@@ -148,7 +151,7 @@ class SearchService:
 
 def unknown_item(engine: Engine, item_id: str) -> ApiError:
     """There is no such item."""
-    return ApiError(404, "unknown_item", f"index {engine.index.version} holds no item {item_id!r}")
+    return ApiError(404, "unknown_item", f"index {engine.index.version} holds no item {item_id[:200]!r}")
 
 
 def timings(rankings: Sequence[Ranking], began: float) -> Timings:
