@@ -160,8 +160,8 @@ class ServeConfig(Section):
     index: str = Field("current", description="version of index/ to serve; current: what index/CURRENT names")
     model: str = Field("index", description="version of models/ for queries; index: the one that built the index")
     ingress: ReplicasConfig = ReplicasConfig()
-    encoder: ReplicasConfig = ReplicasConfig()
-    shard: ReplicasConfig = ReplicasConfig()
+    encoder: ReplicasConfig = ReplicasConfig(target_ongoing_requests=1)  # batches, as for shards
+    shard: ReplicasConfig = ReplicasConfig(target_ongoing_requests=1)
     layout: Literal["auto", "beside", "deployments"] = Field(
         "auto", description="shards beside the encoder in each replica, or as deployments of their own; auto: by size"
     )

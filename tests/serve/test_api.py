@@ -411,6 +411,7 @@ def test_the_status_says_what_answers(client: TestClient):
         "items": 60,
         "shards": 3,
         "calibrated": False,
+        "max_k": 50,
         "waiting": 0,
         "loading": None,
         "last_swap": None,

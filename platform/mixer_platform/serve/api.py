@@ -168,6 +168,7 @@ def create_api(service: SearchService, run: RunConfig, ring: KeyRing | None = No
             items=index.items,
             shards=len(index.shards),
             calibrated=service.engine.calibration is not None,
+            max_k=config.max_k,
             waiting=service.batcher.waiting,
             loading=swapper.loading,
             last_swap=swapper.last_swap,

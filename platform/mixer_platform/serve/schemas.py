@@ -125,6 +125,7 @@ class StatusReply(BaseModel):
     items: int
     shards: int
     calibrated: bool
+    max_k: int = Field(description="items that one query may reach: offset + k")
     waiting: int = Field(description="photos in the queue")
     loading: str | None = Field(description="version that is being loaded")
     last_swap: Swap | None
