@@ -10,6 +10,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from mixer_platform.serve.ingress import ENVIRONMENT
+
 ROOT = Path(__file__).parents[2]
 RECIPE = re.sub(r"\\\n\s*", "", (ROOT / "cluster/Dockerfile").read_text())
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -59,3 +61,9 @@ def test_only_what_it_copies_is_sent_to_the_builder() -> None:
     assert sent[0] == "*"
     assert {line.removeprefix("!") for line in sent if line.startswith("!")} == copied
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_it_has_what_ray_serve_reads_when_it_is_imported() -> None:
+    (environment,) = lines("ENV")
+    for name, value in ENVIRONMENT.items():
+        assert f'{name}="{value}"' in environment or f"{name}={value}" in environment.split()

@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from mixer_platform.serve.ingress import own_ports, prepare
+from mixer_platform.serve.job import free_port
 from tests.conftest import ROOT
 from tests.serve.conftest import make_workspace
 
 pytestmark = pytest.mark.slow
 HEAD, WORKER = "ray.head.default", "worker"  # the first is the name that the provider knows
+PROVIDER = {"type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_updaters": True}
 CLUSTER: dict[str, Any] = {
+    "provider": PROVIDER,
     "cluster_name": "autoscaled",
     "max_workers": 3,
     "upscaling_speed": 1.0,
     "idle_timeout_minutes": 0.05,
-    "provider": {"type": "fake_multinode"},
     "auth": {},
     "docker": {},
     "head_node_type": HEAD,
@@ -48,15 +51,13 @@ CLUSTER: dict[str, Any] = {
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     """A head and the autoscaler; yields the environment of who uses it."""
+    address = f"{ray.util.get_node_ip_address()}:{free_port('127.0.0.1', 0)}"
     path = tmp_path / "cluster.yaml"
-    path.write_text(json.dumps(CLUSTER))
-    ports = own_ports()
-    port = ports["RAY_SERVE_HAPROXY_STATS_PORT"]
-    ports["RAY_SERVE_HAPROXY_STATS_PORT"] = str(int(port) + 1)
+    path.write_text(json.dumps({**CLUSTER, "provider": {**PROVIDER, "gcs_address": address}}))
     environment = {
         **os.environ,
         **prepare(),
-        **ports,
+        **own_ports(),
         "RAY_AUTH_MODE": "disabled",
         "RAY_FAKE_CLUSTER": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
@@ -67,14 +68,14 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     environment.pop("RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP", None)
     with tempfile.TemporaryDirectory(prefix="mixer-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
         command = ["ray", "start", "--head", "--block", "--num-cpus=1", "--include-dashboard=false"]
-        command += [f"--autoscaling-config={path}", f"--temp-dir={scratch}", f"--port={port}", "--disable-usage-stats"]
-        command += ["--node-ip-address=127.0.0.1"]
+        command += [f"--autoscaling-config={path}", f"--temp-dir={scratch}", "--disable-usage-stats"]
+        command += [f"--port={address.rpartition(':')[2]}"]
         with (tmp_path / "ray.log").open("w") as log:
             head = subprocess.Popen(
                 command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         try:
-            yield {**environment, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+            yield {**environment, "RAY_ADDRESS": address}
         finally:
             os.killpg(head.pid, signal.SIGTERM)
             head.wait(60)
