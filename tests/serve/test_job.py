@@ -22,6 +22,7 @@ from mixer_platform.config import RunConfig
 from mixer_platform.errors import ConfigError, MixerError, StorageError, VersionError
 from mixer_platform.serve import job
 from mixer_platform.serve.app import application, build
+from mixer_platform.serve.keys import make_key
 
 Photo = Callable[..., bytes]
 
@@ -153,15 +154,20 @@ def test_bounds_of_replicas_are_checked(fresh_workspace: Any):
         application_of(config)
 
 
-def test_the_builder_reads_the_configuration_and_its_overrides(fresh_workspace: Any, tmp_path: Path):
+def test_the_builder_reads_the_configuration_and_its_overrides(
+    fresh_workspace: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MIXER_API_KEYS", f"[{make_key('test')[1].model_dump_json()}]")
     path = tmp_path / "run.yaml"
-    path.write_text("data: nowhere\nworkspace: nowhere\nserve: {keys: off}\n")
+    path.write_text("data: nowhere\nworkspace: nowhere\n")
     args = {"config": str(path), "workspace": fresh_workspace.config.workspace, "serve.encoder.cpus": 0.1}
     assert isinstance(build(args), ray_serve.Application)
     with pytest.raises(StorageError, match="no index is published"):
         build({"config": str(path)})
     with pytest.raises(ConfigError, match="config is missing"):
         build({})
+    with pytest.raises(ConfigError, match=r"run\.yaml: serve\.keys: off is for jobs/serve\.py"):
+        build({**args, "serve.keys": "off"})
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -29,7 +29,10 @@ def build(args: dict[str, Any]) -> serve.Application:
         raise ConfigError("args of mixer_platform.serve.app:build: config is missing; give the path of a run's YAML")
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in args.items()}
     overrides = [f"{key}={text}" for key, text in texts.items() if key != "config"]
-    return application(load_config(args["config"], overrides))
+    config = load_config(args["config"], overrides)
+    if not config.serve.keys:  # where it listens is said by `http_options` and not by serve.host
+        raise ConfigError(f"{args['config']}: serve.keys: off is for jobs/serve.py; a Serve config file needs API keys")
+    return application(config)
 
 
 def application(config: RunConfig) -> serve.Application:
