@@ -36,7 +36,7 @@ QUICK = {"upscale_delay_s": 1, "downscale_delay_s": 3}
 def seen(index: str) -> dict[str, int]:
     """Return how many nodes are alive, and how many replicas run of each part."""
     deployments = ray_serve.status().applications[backend_name(index)].deployments
-    parts = ("QueryEncoder", "shard-00000", "shard-00001")
+    parts = ("QueryEncoder", "shard-00000")
     counts = {name: deployments[name].replica_states.get("RUNNING", 0) for name in parts}
     return {"nodes": sum(node["Alive"] for node in ray.nodes()), **counts}
 
@@ -50,7 +50,7 @@ def until(index: str, done: Callable[[dict[str, int]], bool]) -> dict[str, int]:
 
 
 def main(workspace: str) -> None:
-    ray.init(logging_level="WARNING")
+    ray.init(logging_level="WARNING", log_to_driver=False)
     # One proxy: the nodes share a machine, and so its ports.
     ray_serve.start(
         proxy_location=ProxyLocation.HeadOnly,

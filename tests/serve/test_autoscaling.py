@@ -18,7 +18,7 @@ import ray
 from mixer_platform.serve.ingress import own_ports, prepare
 from mixer_platform.serve.job import free_port
 from tests.conftest import ROOT
-from tests.serve.conftest import make_workspace
+from tests.serve.conftest import INDEX, publish_version, serve_version
 
 pytestmark = pytest.mark.slow
 HEAD, WORKER = "ray.head.default", "worker"  # the first is the name that the provider knows
@@ -26,7 +26,7 @@ PROVIDER = {"type": "fake_multinode", "use_node_id_as_ip": True, "disable_node_u
 CLUSTER: dict[str, Any] = {
     "provider": PROVIDER,
     "cluster_name": "autoscaled",
-    "max_workers": 3,
+    "max_workers": 2,
     "upscaling_speed": 1.0,
     "idle_timeout_minutes": 0.05,
     "auth": {},
@@ -38,7 +38,7 @@ CLUSTER: dict[str, Any] = {
             "resources": {"CPU": 2, "object_store_memory": 100_000_000},
             "node_config": {},
             "min_workers": 0,
-            "max_workers": 3,
+            "max_workers": 2,
         },
     },
     **{name: [] for name in ("setup_commands", "head_setup_commands", "worker_setup_commands")},
@@ -82,12 +82,13 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 def test_replicas_and_nodes_come_with_load_and_go_without(cluster: dict[str, str], tmp_path: Path):
-    make_workspace(tmp_path / "workspace")
+    publish_version(tmp_path / "workspace", shards=1)
+    serve_version(tmp_path / "workspace", INDEX)
     command = [sys.executable, str(ROOT / "tests/serve/autoscaling.py"), str(tmp_path / "workspace")]
     ran = subprocess.run(command, env=cluster, capture_output=True, text=True, timeout=500)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    seen = json.loads(ran.stdout.splitlines()[-1])
-    one = {"QueryEncoder": 1, "shard-00000": 1, "shard-00001": 1}
+    seen = json.loads(next(line for line in ran.stdout.splitlines() if line.startswith("{")))
+    one = {"QueryEncoder": 1, "shard-00000": 1}
     assert {name: count for name, count in seen["first"].items() if name != "nodes"} == one
     assert {name: count for name, count in seen["loaded"].items() if name != "nodes"} == dict.fromkeys(one, 2)
     assert seen["loaded"]["nodes"] > seen["first"]["nodes"] > 1
