@@ -125,16 +125,21 @@ class Shard:
         Only what `where` lets pass is searched, and k of it are found wherever there are so many; else ids are MISSING.
         """
         queries = np.ascontiguousarray(queries, np.float32)
-        return merge_top_k([segment.search(queries, k, where) for segment in self.segments], k)
+        found = [segment.search(queries, k, where) for segment in self.segments]
+        return found[0] if len(found) == 1 else merge_top_k(found, k)
 
     def rows(self, ids: np.ndarray) -> pa.Table:
         """Return the display columns, "id" among them, of those ids that are in this shard, in their order."""
-        parts, places = [self.schema.empty_table()], [np.zeros(0, np.int64)]
+        places, parts = [], []
         for segment, place, rows in self._located(ids):
             taken = segment.rows.take(pa.array(rows))
-            parts.append(taken if taken.schema == self.schema else with_schema(taken, self.schema))
             places.append(place)
-        return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(places)))).combine_chunks()
+            parts.append(taken if len(self.segments) == 1 else with_schema(taken, self.schema))
+        if not parts:
+            return self.schema.empty_table()
+        if len(parts) == 1:  # most shards have one segment, and every query comes by here
+            return parts[0]
+        return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(places))))
 
     def items(self, ids: np.ndarray) -> list[dict[str, Any]]:
         """Return the display columns of ids in their order, without "id"; an empty dict where an id is not here."""
