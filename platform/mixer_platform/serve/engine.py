@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
@@ -27,11 +27,15 @@ class Query:
     k: int
     where: str | None
     expires: float  # Unix time
+    asked: float = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """The nearest items of one query, best first: scores float32 and ids int64 [m], and their rows in that order."""
+    """The nearest items of one query, best first: scores float32 and ids int64 [m], and their rows in that order.
+
+    `asked` and `begun` are when the query came and when its batch was begun, Unix times.
+    """
 
     engine: Engine
     vector: np.ndarray
@@ -41,6 +45,13 @@ class Ranking:
     missing_shards: list[str]
     encode_ms: float | None
     search_ms: float
+    asked: float
+    begun: float
+
+    @property
+    def wait_ms(self) -> float:
+        """What the query waited for its turn."""
+        return max(0.0, 1000 * (self.begun - self.asked))
 
 
 def merge(found: Sequence[Found], k: int) -> tuple[np.ndarray, np.ndarray, pa.Table]:
@@ -88,7 +99,7 @@ class Engine:
 
     async def answer(self, queries: list[Query]) -> list[Ranking | ApiError]:
         """Return each query's ranking, or why its photo cannot be used. Raises ApiError where no part answers."""
-        began = perf_counter()
+        begun, began = time.time(), perf_counter()
         expires = max(query.expires for query in queries)
         vectors, errors = await self._vectors(queries, expires)
         encoded = perf_counter()
@@ -118,6 +129,8 @@ class Engine:
                     list(lost),
                     None if queries[place].photo is None else encode_ms,
                     search_ms,
+                    queries[place].asked,
+                    begun,
                 )
         return results  # type: ignore[return-value]
 

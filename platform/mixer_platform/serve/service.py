@@ -114,7 +114,13 @@ class SearchService:
             query = Query(None, ranking.vector, asked, options.where(ranking.engine.schema), expires)
             (answer,) = await ranking.engine.answer([query])
             assert isinstance(answer, Ranking)
-            ranking = replace(answer, encode_ms=ranking.encode_ms)
+            ranking = replace(
+                answer,
+                encode_ms=ranking.encode_ms,
+                search_ms=ranking.search_ms + answer.search_ms,
+                asked=ranking.asked,
+                begun=ranking.begun,
+            )
         calibration = ranking.engine.calibration
         probabilities = calibration.probability(ranking.scores) if calibration else None
         likely = kept
