@@ -199,6 +199,8 @@ class ServeConfig(Section):
     fetch_http: bool = Field(False, description="fetch over http:// too, where anybody on the way may change the photo")
     fetch_ports: tuple[Annotated[int, Field(ge=1, le=65535)], ...] = (80, 443)
     fetch_timeout_s: float = Field(5, gt=0, description="from the first look-up to the last byte")
+    canary_s: float = Field(60, ge=0, description="seconds from search to search for known photos; 0: never")
+    canary_photos: int = Field(8, ge=0, description="photos that an evaluation found; 0: a new version need find none")
 
 
 class RunConfig(Section):

@@ -91,6 +91,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         report["untrained"] = measure(ranked, relevant, config.evaluate.ks)
     report |= {
         "version": version,
+        "created_ms": int(1000 * time.time()),
         "command": " ".join(sys.argv),
         "commit": versions.commit(os.path.dirname(__file__)),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",

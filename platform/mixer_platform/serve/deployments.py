@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import MixerError
 from mixer_platform.serve.api import create_api
+from mixer_platform.serve.canary import Canary
 from mixer_platform.serve.engine import Engine
 from mixer_platform.serve.keys import key_ring
 from mixer_platform.serve.loading import backend_name, calibrated, open_beside, open_deployed, wished
@@ -36,9 +37,10 @@ class Ingress:
     async def __init__(self, config: RunConfig, version: str, beside: bool, backends: Any = None) -> None:  # type: ignore[misc]
         """Open and check the index version. `backends`: the handle of `Backends`. Raises MixerError."""
         self._config, self._beside, self._ring = config, beside, key_ring(config.serve, os.environ)
+        self._canary = Canary(config)
         engine = await self._load(version)
-        await check(engine)
-        self._swapper = Swapper(engine, wished(config), self._load, calibrated(config))
+        await check(engine, self._canary)
+        self._swapper = Swapper(engine, wished(config), self._load, calibrated(config), self._canary)
         self._service = SearchService(self._swapper, config.serve)
         if backends is not None:
             self._holding = asyncio.create_task(self._hold(backends))

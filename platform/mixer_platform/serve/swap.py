@@ -13,6 +13,7 @@ from ray.serve.exceptions import RayServeException
 
 from mixer.calibration import Calibration
 from mixer_platform.errors import MixerError
+from mixer_platform.serve.canary import Canary
 from mixer_platform.serve.engine import Engine, Query, Ranking
 from mixer_platform.serve.errors import ApiError
 from mixer_platform.serve.schemas import Swap
@@ -32,15 +33,17 @@ class Swapper:
         wished: Callable[[], str],
         load: Callable[[str], Awaitable[Engine]],
         calibrated: Callable[[str], Calibration | None],
+        canary: Canary | None = None,
     ) -> None:
         """`wished` reads the version to serve, `load` opens it, `calibrated` reads what a model's scores are worth.
 
-        The first and the last may block. All raise MixerError.
+        The first and the last may block. All raise MixerError. A version that fails the `canary` does not come in.
         """
         self.engine = engine
+        self.observe: Callable[[Swap], None] = lambda swap: None
         self.loading: str | None = None
         self.last_swap: Swap | None = None
-        self._wished, self._load, self._calibrated = wished, load, calibrated
+        self._wished, self._load, self._calibrated, self._canary = wished, load, calibrated, canary
 
     async def follow(self, every_s: float) -> None:
         """Look every `every_s` seconds, for ever, whether another version is wished."""
@@ -64,7 +67,7 @@ class Swapper:
         reason: str | None = None
         try:
             engine = await self._load(version)
-            await check(engine)
+            await check(engine, self._canary)
         except (MixerError, ApiError) as error:
             reason = str(error)
             if self.last_swap is None or (self.last_swap.version, self.last_swap.error) != (version, reason):
@@ -81,10 +84,11 @@ class Swapper:
             seconds=time.time() - began,
             error=reason,
         )
+        self.observe(self.last_swap)
 
 
-async def check(engine: Engine) -> None:
-    """Warm an engine up and see that it answers: its first item finds itself. Raises ApiError and MixerError."""
+async def check(engine: Engine, canary: Canary | None = None) -> None:
+    """Warm an engine up and see that it answers, and finds what it is known to. Raises ApiError and MixerError."""
     expires = time.time() + CHECK_SECONDS
     await engine.describe(expires)
     grey = test_photo()
@@ -100,6 +104,8 @@ async def check(engine: Engine) -> None:
             )
         if result.missing_shards:
             raise MixerError(f"index {engine.index.version}: {', '.join(result.missing_shards)} do not answer")
+    if canary:
+        await canary.check(engine, expires)
 
 
 def test_photo() -> bytes:
