@@ -43,7 +43,7 @@ def ray_cluster() -> Iterator[None]:
         include_dashboard=False,
         logging_level=logging.WARNING,
         runtime_env={"env_vars": environment},
-        _system_config=KEEP_WORKERS,
+        _system_config={**KEEP_WORKERS, "metrics_report_interval_ms": 1000},
     )
     connect()  # as jobs do
     yield

@@ -201,6 +201,13 @@ class ServeConfig(Section):
     fetch_timeout_s: float = Field(5, gt=0, description="from the first look-up to the last byte")
     canary_s: float = Field(60, ge=0, description="seconds from search to search for known photos; 0: never")
     canary_photos: int = Field(8, ge=0, description="photos that an evaluation found; 0: a new version need find none")
+    traces: Annotated[str, Field(pattern=r"^https?://")] | None = Field(
+        None, description="OTLP endpoint, such as http://collector:4318/v1/traces; null: no traces"
+    )
+    log_share: float = Field(
+        1, ge=0, le=1, description="of answered requests that are written down; refused and failed ones always are"
+    )
+    trace_share: float = Field(0.01, ge=0, le=1, description="of requests; one whose caller records it is recorded too")
 
 
 class RunConfig(Section):

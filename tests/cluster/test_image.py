@@ -32,12 +32,13 @@ def test_the_python_is_one_the_project_supports() -> None:
 def test_the_dependencies_are_the_projects(
     extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Run the recipe's one line of Python: it lists the dependencies and those of the extra chosen."""
+    """Run the recipe's one line of Python: it lists the dependencies, the extra's that was chosen, and the traces'."""
     (line,) = re.findall(r'python -c "(.+?)" > /tmp/requirements.txt', RECIPE)
     monkeypatch.chdir(ROOT)
     exec(line.replace("$EXTRA", extra))
     listed = [str(Requirement(text)) for text in capsys.readouterr().out.splitlines()]
-    wanted = PROJECT["dependencies"] + PROJECT["optional-dependencies"][extra]
+    extras = PROJECT["optional-dependencies"]
+    wanted = PROJECT["dependencies"] + extras[extra] + extras["traces"]
     assert listed == [str(Requirement(text)) for text in wanted]
 
 

@@ -18,13 +18,16 @@ from starlette.exceptions import HTTPException
 
 from mixer_platform.config import RunConfig
 from mixer_platform.serve.caching import cached
+from mixer_platform.serve.canary import Canary
 from mixer_platform.serve.engine import Engine, Ranking
 from mixer_platform.serve.errors import ApiError, error_reply, error_response, invalid, sentence, unavailable
 from mixer_platform.serve.fetch import Fetcher
 from mixer_platform.serve.keys import KeyRing, add_guards
+from mixer_platform.serve.metrics import Metrics, Searched
 from mixer_platform.serve.page import add_page
 from mixer_platform.serve.payload import (
     BodyLimit,
+    Options,
     query_parameters,
     read_batch,
     read_options,
@@ -43,6 +46,7 @@ from mixer_platform.serve.schemas import (
     StatusReply,
 )
 from mixer_platform.serve.service import SearchService, timings
+from mixer_platform.serve.watch import Watch
 from mixer_platform.storage import open_storage
 
 Responses = dict[int | str, dict[str, Any]]
@@ -54,27 +58,43 @@ _BODY: Responses = {
     415: {"model": ErrorReply, "description": "A body of another type"},
 }
 _PICTURE: Responses = {200: {"content": {MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}}}}}
+# FastAPI's own spans would stand beside Serve's and not below them, with what callers filter by in plain sight.
+_NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}
 PAINTERS = 2
 TIMEOUT_HEADER = "x-request-timeout-ms"
 PROBE_S = 2.0
 
 
-def create_api(service: SearchService, run: RunConfig, ring: KeyRing | None = None) -> FastAPI:
-    """Return the HTTP API over `service`; with a `ring`, for those who have one of its keys."""
-    config = run.serve
+def create_api(
+    service: SearchService, run: RunConfig, ring: KeyRing | None = None, canary: Canary | None = None
+) -> FastAPI:
+    """Return the HTTP API over `service`; with a `ring`, for those who have one of its keys.
+
+    With a `canary`, known photos are searched for as often as the configuration says.
+    """
+    config, metrics = run.serve, Metrics()
+    service.batcher.observe, service.swapper.observe = metrics.batch, metrics.swap
     fetcher, root = Fetcher(config), open_storage(run.data).uri
     painters = ThreadPoolExecutor(PAINTERS, "pictures")  # few: catalogue pictures may be large
 
     @asynccontextmanager
     async def lifespan(api: FastAPI) -> AsyncIterator[None]:
-        following = asyncio.create_task(service.swapper.follow(config.follow_s)) if config.follow_s else None
+        tasks = [asyncio.create_task(metrics.follow(service))]
+        if config.follow_s:
+            tasks.append(asyncio.create_task(service.swapper.follow(config.follow_s)))
+        if canary and config.canary_s:
+            tasks.append(asyncio.create_task(canary.follow(service, config.canary_s, metrics.canary)))
         yield
-        if following:
-            following.cancel()
+        for task in tasks:
+            task.cancel()
         await fetcher.close()
 
     api = FastAPI(
-        title="Mixer", description="Visual search: a photo in, similar items out.", version="1", lifespan=lifespan
+        title="Mixer",
+        description="Visual search: a photo in, similar items out.",
+        version="1",
+        lifespan=lifespan,
+        telemetry=_NO_TELEMETRY,
     )
     api.add_middleware(BodyLimit, max_bytes=int(config.max_body_mb * 1e6))
     _add_error_handlers(api)
@@ -105,7 +125,7 @@ def create_api(service: SearchService, run: RunConfig, ring: KeyRing | None = No
         if isinstance(answer, ApiError):
             raise answer
         page, ranking = answer
-        return _json(_reply(SearchReply, ranking.engine, [ranking], began, **_fields(page)))
+        return _json(_reply(SearchReply, request, options, ranking.engine, [ranking], began, **_fields(page)))
 
     @api.post(
         "/v1/search/batch",
@@ -122,7 +142,7 @@ def create_api(service: SearchService, run: RunConfig, ring: KeyRing | None = No
         results = [error_reply(each, request.headers) if isinstance(each, ApiError) else each[0] for each in answers]
         rankings = [each[1] for each in answers if not isinstance(each, ApiError)]
         engine = rankings[0].engine if rankings else service.engine
-        return _json(_reply(BatchReply, engine, rankings, began, results=results))
+        return _json(_reply(BatchReply, request, options, engine, rankings, began, results=results))
 
     @api.get(
         "/v1/items/{item_id:path}/similar",
@@ -133,8 +153,9 @@ def create_api(service: SearchService, run: RunConfig, ring: KeyRing | None = No
     async def similar(request: Request, item_id: str) -> Response:
         """Find the items that are like an item; the item itself is left out."""
         began, until = time.time(), expires(request)
-        page, ranking = await service.similar(item_id, read_options(request, config), until)
-        return _json(_reply(SearchReply, ranking.engine, [ranking], began, **_fields(page)))
+        options = read_options(request, config)
+        page, ranking = await service.similar(item_id, options, until)
+        return _json(_reply(SearchReply, request, options, ranking.engine, [ranking], began, **_fields(page)))
 
     @api.get(
         "/v1/items/{item_id:path}/image",
@@ -189,6 +210,7 @@ def create_api(service: SearchService, run: RunConfig, ring: KeyRing | None = No
 
     add_page(api)
     add_guards(api, ring, config.cors_origins)
+    api.add_middleware(Watch, metrics=metrics, log_share=config.log_share)
     return api
 
 
@@ -196,8 +218,17 @@ def _fields(page: Page) -> dict[str, Any]:
     return {"items": page.items, "next_offset": page.next_offset, "nothing_similar": page.nothing_similar}
 
 
-def _reply(kind: type[BaseModel], engine: Engine, rankings: list[Ranking], began: float, **fields: Any) -> BaseModel:
-    missing = sorted({shard for ranking in rankings for shard in ranking.missing_shards})
+def _reply(
+    kind: type[BaseModel],
+    request: Request,
+    options: Options,
+    engine: Engine,
+    rankings: list[Ranking],
+    began: float,
+    **fields: Any,
+) -> BaseModel:
+    searched = request.state.searched = Searched(engine.index, options.k, rankings)
+    missing = searched.missing_shards
     return kind.model_construct(
         model=engine.index.model,
         index=engine.index.version,
@@ -216,6 +247,7 @@ def _json(reply: BaseModel) -> Response:
 def _add_error_handlers(api: FastAPI) -> None:
     @api.exception_handler(ApiError)
     async def expected(request: Request, error: ApiError) -> JSONResponse:
+        request.state.code = error.code
         return error_response(error, request.headers)
 
     @api.exception_handler(RequestValidationError)

@@ -16,7 +16,9 @@ from mixer_platform.serve.deployments import Backend, Backends, Ingress
 from mixer_platform.serve.errors import RETRY_AFTER_S
 from mixer_platform.serve.keys import key_ring
 from mixer_platform.serve.loading import are_beside, read_checked, wished
+from mixer_platform.serve.logs import LOGGING
 from mixer_platform.serve.parts import ENCODER, QueryEncoder, ShardSearch
+from mixer_platform.serve.tracing import check_traces
 from mixer_platform.storage import open_storage
 
 
@@ -39,6 +41,7 @@ def application(config: RunConfig) -> serve.Application:
     """Return the application that serves the wished index. Raises StorageError, VersionError and ConfigError."""
     settings = config.serve
     key_ring(settings, os.environ)  # what is wrong there is better said here than by every replica
+    check_traces(settings)
     for name, replicas in (("ingress", settings.ingress), ("encoder", settings.encoder), ("shard", settings.shard)):
         if replicas.min_replicas > replicas.max_replicas:
             raise ConfigError(
@@ -52,7 +55,9 @@ def application(config: RunConfig) -> serve.Application:
     ingress = _deployment(Ingress, "Ingress", settings.ingress, room)
     if beside:
         return ingress.bind(config, version, True)
-    backends = serve.deployment(name="Backends", ray_actor_options={"num_cpus": 0}, health_check_period_s=2)(Backends)
+    backends = serve.deployment(
+        name="Backends", ray_actor_options={"num_cpus": 0}, health_check_period_s=2, logging_config=LOGGING
+    )(Backends)
     return ingress.bind(config, version, False, backends.bind(config))
 
 
@@ -76,6 +81,7 @@ def _deployment(implementation: type, name: str, replicas: ReplicasConfig, ongoi
     return serve.deployment(
         name=name,
         ray_actor_options={"num_cpus": replicas.cpus},
+        logging_config=LOGGING,
         autoscaling_config=AutoscalingConfig(
             min_replicas=replicas.min_replicas,
             max_replicas=replicas.max_replicas,

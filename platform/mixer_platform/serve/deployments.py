@@ -22,8 +22,10 @@ from mixer_platform.serve.canary import Canary
 from mixer_platform.serve.engine import Engine
 from mixer_platform.serve.keys import key_ring
 from mixer_platform.serve.loading import backend_name, calibrated, open_beside, open_deployed, wished
+from mixer_platform.serve.logs import join_serve_log
 from mixer_platform.serve.service import SearchService
 from mixer_platform.serve.swap import Swapper, check
+from mixer_platform.serve.tracing import trace_replica
 
 HOLD_S = 1.0
 
@@ -36,6 +38,8 @@ class Ingress:
 
     async def __init__(self, config: RunConfig, version: str, beside: bool, backends: Any = None) -> None:  # type: ignore[misc]
         """Open and check the index version. `backends`: the handle of `Backends`. Raises MixerError."""
+        join_serve_log()
+        trace_replica(config.serve)
         self._config, self._beside, self._ring = config, beside, key_ring(config.serve, os.environ)
         self._canary = Canary(config)
         engine = await self._load(version)
@@ -46,7 +50,7 @@ class Ingress:
             self._holding = asyncio.create_task(self._hold(backends))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._service, self._config, self._ring)
+        return create_api(self._service, self._config, self._ring, self._canary)
 
     async def _load(self, version: str) -> Engine:
         if self._beside:
@@ -65,6 +69,7 @@ class Backends:
     """Keeps a Serve application of encoder and shards for the wished version, and for those that are asked."""
 
     def __init__(self, config: RunConfig) -> None:
+        join_serve_log()
         self._config, self._wished = config, wished(config)
         self._held: dict[str, float] = {}  # when a version was last wished or asked
         self._task = asyncio.get_running_loop().create_task(self._follow())

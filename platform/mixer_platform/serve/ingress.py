@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_RETRIES": "3",
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "1048576",
     "RAY_SERVE_HAPROXY_MAXCONN": "2048",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # as Serve comes then, a line shows when 1,000 have been written
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # HAProxy hears of it within a second

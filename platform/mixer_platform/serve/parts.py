@@ -27,6 +27,7 @@ from mixer_platform.filters import Filter
 from mixer_platform.gallery import MISSING, Shard, ShardEntry
 from mixer_platform.item_ids import probes
 from mixer_platform.serve.errors import ApiError, late, unavailable
+from mixer_platform.serve.tracing import trace_replica
 from mixer_platform.storage import LocalStorage, open_storage
 
 MODELS = "models"
@@ -71,6 +72,7 @@ class QueryEncoder:
 
     def __init__(self, workspace: str, model: str, config: ServeConfig) -> None:
         """Load the model's query graph. Raises StorageError."""
+        trace_replica(config)
         folder = fetch(workspace, f"{MODELS}/{model}", (QUERY_GRAPH, SETTINGS))
         self._embedder = QueryEmbedder(folder, config.encoder_threads)
 
@@ -103,6 +105,7 @@ class ShardSearch:
 
     def __init__(self, workspace: str, entry: ShardEntry, search: Mapping[str, int], config: ServeConfig) -> None:
         """Load the shard. Raises StorageError naming the file that is not as published."""
+        trace_replica(config)
         folders = {
             part.version: fetch(workspace, f"{gallery.KIND}/{part.version}", part.files) for part in entry.segments
         }
