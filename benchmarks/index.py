@@ -189,28 +189,39 @@ def draw(real: np.ndarray, count: int, queries: int) -> tuple[np.ndarray, np.nda
     )
 
 
-def write_vectors(workspace: str, folder: str, source: str, count: int) -> None:
-    """Draw vectors like the embeddings `source`; write them as embeddings `vectors`, as .npy, and what is exact."""
+def real_vectors(workspace: str, source: str) -> np.ndarray:
+    """Return the embeddings `source`, float32 [n, dim], each once."""
     storage = open_storage(workspace)
     real = embeddings.read_rows(storage, embeddings.chain_of(storage, source), (0, 2**63 - 1), ["embedding"])
     assert real is not None
-    found, queries = draw(np.unique(embeddings.vectors(real["embedding"]).round(4), axis=0), count, QUERIES)
-    item_ids = [f"item-{number}" for number in range(count)]
-    ids = assign_ids(item_ids, {})
-    order = np.argsort(ids)
-    ids, found = ids[order], found[order]
-    named = pa.array(item_ids, pa.string()).take(pa.array(order))
-    partitions = partitions_for(count, IndexConfig().partition_items)
-    write_rows(workspace, "vectors", partitions, ids, named, found, None)
-    manifest = {"model": "benchmark", "base": None, "changes": None, "partitions": partitions, "items": count}
-    listed: dict[str, Any] = {"parts": list(range(partitions)), "without_picture": [], "left_out": []}
-    versions.publish(storage, embeddings.KIND, "vectors", {**manifest, **listed})
+    return np.unique(embeddings.vectors(real["embedding"]).round(4), axis=0)
+
+
+def write_vectors(workspace: str, folder: str, source: str, count: int) -> None:
+    """Draw vectors like the embeddings `source`; write them as embeddings `vectors`, as .npy, and what is exact."""
+    found, queries = draw(real_vectors(workspace, source), count, QUERIES)
+    ids, found = publish_vectors(workspace, "vectors", "benchmark", found)
     exact = faiss.knn(queries, found, 10, metric=faiss.METRIC_INNER_PRODUCT)[1]
     (Path(folder) / "vectors").mkdir()
     np.save(f"{folder}/vectors/0.npy", found)
     np.save(f"{folder}/queries.npy", queries)
     np.save(f"{folder}/exact.npy", exact)
     np.save(f"{folder}/ids.npy", ids)
+
+
+def publish_vectors(workspace: str, version: str, model: str, found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Publish vectors [n, dim] as embeddings of that many items; return ids and vectors in the order of ids."""
+    item_ids = [f"item-{number}" for number in range(len(found))]
+    ids = assign_ids(item_ids, {})
+    order = np.argsort(ids)
+    ids, found = ids[order], found[order]
+    named = pa.array(item_ids, pa.string()).take(pa.array(order))
+    partitions = partitions_for(len(found), IndexConfig().partition_items)
+    write_rows(workspace, version, partitions, ids, named, found, None)
+    manifest = {"model": model, "base": None, "changes": None, "partitions": partitions, "items": len(found)}
+    listed: dict[str, Any] = {"parts": list(range(partitions)), "without_picture": [], "left_out": []}
+    versions.publish(open_storage(workspace), embeddings.KIND, version, {**manifest, **listed})
+    return ids, found
 
 
 def write_rows(

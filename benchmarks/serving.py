@@ -1,0 +1,506 @@
+"""What serving costs: a service over HTTP beside a bare process, at rest, at load, too much of it, and as parts change.
+
+    .venv/bin/python benchmarks/serving.py --data FOLDER [--workspace FOLDER] [--only PART,PART] [key=value]
+
+FOLDER as in quality.py. Photos are sent as JPEGs; what is no JPEG is encoded at its size first. The catalogue, and
+--vectors vectors drawn like its embeddings, are served by `jobs/serve.py` on a Ray cluster of its own, with shards
+beside the encoder and as deployments, one replica of each; key=value overrides its configuration. Parts:
+
+bound       decode, encoder and shards in one bare process (bound.py), before and after each layout; best settings
+one         latencies of one client
+saturation  the most queries a second in closed loop, by how many clients; CPU-milliseconds a query
+rates       latencies at 50 % and 90 % of that, at fixed rates; at 50 % at random moments too
+overload    twice that: what came back, and how soon
+swap        another model's index is published, and the first again, at half load
+memory      growth over --minutes at half load
+kill        two replicas of each part, of which one is killed (SIGKILL) at 30 % load, part after part
+clip        clip-retrieval's backend and this service asked by vectors, not photos
+
+Figures of the layout `deployments` end in `_deployments`. Prints tables and, as its last line, one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import psutil
+from clip_backend import backend, environment, write_index
+from load import Replies, at_rate, closed_loop, running
+from quality import CONFIG
+from serving_inputs import Inputs, prepare_inputs, serve_index, write_photos
+
+from mixer_platform import versions
+from mixer_platform.demo.cluster import LocalCluster, processes
+from mixer_platform.gallery import read_manifest
+from mixer_platform.loopback import open_url
+from mixer_platform.serve.job import free_port
+from mixer_platform.storage import open_storage
+
+PARTS = ("bound", "one", "saturation", "rates", "overload", "swap", "memory", "kill", "clip")
+ON_MANY = ("bound", "one", "saturation", "rates", "clip")  # what the number of items changes
+LAYOUTS = ("beside", "deployments")
+GALLERIES = ("catalogue", "vectors")
+CLIENTS = (4, 8, 16, 32)
+LEAST_REQUESTS = 2000
+KILLED_AT = 0.3  # of saturation: one replica is left, and starting another takes as much CPU as it does
+SWAP_S, REPLACED_S = 240, 120  # what a swap, or a new replica, may take
+REPLICA = "ray::ServeReplica:"
+SERVICE = (REPLICA, "ray::ServeController", "ray::HAProxy", "ray::Proxy", "haproxy")
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Service:
+    """One that answers, and the processes that are its own: Ray's daemons too."""
+
+    url: str
+    mark: str
+
+    @property
+    def search(self) -> str:
+        return f"{self.url}/v1/search?k=10"
+
+    def serves(self, index: str) -> bool:
+        """Return whether an index version answers; what fails here is counted by the load."""
+        try:
+            with open_url(f"{self.url}/v1/status", 30) as reply:
+                return json.load(reply)["index"] == index
+        except OSError:
+            return False
+
+    def processes(self, names: tuple[str, ...] = ("",)) -> dict[int, psutil.Process]:
+        """Return the processes whose command begins with one of `names`, by id."""
+        found = {}
+        for number in processes(self.mark):
+            try:
+                process = psutil.Process(number)
+                command = " ".join(process.cmdline())
+            except psutil.Error:
+                continue
+            if command.startswith(names) or os.path.basename(command.split(" ")[0]) in names:
+                found[number] = process
+        return found
+
+    def cpu(self) -> dict[int, float]:
+        """Return the CPU seconds of every process."""
+        found = {}
+        for number, process in self.processes().items():
+            try:
+                times = process.cpu_times()
+            except psutil.Error:
+                continue
+            found[number] = times.user + times.system
+        return found
+
+    def memory(self, names: tuple[str, ...] = ("",)) -> float:
+        """Return the resident MB of the processes, what they share counted in each."""
+        total = 0
+        for process in self.processes(names).values():
+            try:
+                total += process.memory_info().rss
+            except psutil.Error:
+                continue
+        return total / 1e6
+
+
+@dataclass
+class Bench:
+    """What is measured, with what, and for how long."""
+
+    data: Path
+    workspace: Path
+    photos: Path
+    index: str
+    seconds: float
+    minutes: float
+    overrides: list[str]
+    bounds: list[Figures] = field(default_factory=list)
+
+    def bound(self) -> None:
+        """Measure the bare process once more."""
+        script = str(Path(__file__).with_name("bound.py"))
+        command = [sys.executable, script, "--workspace", str(self.workspace), "--index", self.index]
+        command += ["--photos", str(self.photos), "--seconds", str(self.seconds)]
+        if self.bounds:
+            command += ["--settings", json.dumps(self.bounds[0]["settings"])]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        if run.returncode:
+            raise SystemExit(f"bound.py failed: {run.stderr.splitlines()[-1]}")
+        self.bounds.append(json.loads(run.stdout.splitlines()[-1]))
+        workers, threads, batch = self.bounds[-1]["settings"]["many"]
+        how = f"{workers} workers, {threads} threads, batches of {batch}"
+        show(f"bound: {how}", qps=self.bounds[-1]["qps"], p50=self.bounds[-1]["p50_ms"])
+
+    @contextmanager
+    def service(self, layout: str, replicas: int, current: bool) -> Iterator[Service]:
+        """Serve on a cluster that lives as long as the context; `current`: whatever index is published, as it changes.
+
+        It has answered for a while when the context begins.
+        """
+        ports = ["serve.port=0", "serve.keep_up=false", "serve.keys=false"]
+        for part in ("ingress", "encoder", "shard"):
+            ports += [f"serve.{part}.min_replicas={replicas}", f"serve.{part}.max_replicas={replicas}"]
+        index = "current" if current else self.index
+        asked = [f"data={self.data}", f"workspace={self.workspace}", f"serve.layout={layout}", f"serve.index={index}"]
+        with LocalCluster(self.workspace / "logs") as cluster:
+            report = cluster.submit("serve", ["--config", str(CONFIG), *asked, *ports, *self.overrides])
+            service = Service(report["url"], cluster.mark)
+            closed_loop(service.search, self.photos, 8, max(2, self.seconds / 2))
+            yield service
+
+
+def show(label: str, **figures: Any) -> None:
+    shown = "".join(
+        f"  {name} {value:.1f}" if isinstance(value, float) else f"  {name} {value}" for name, value in figures.items()
+    )
+    print(f"{label:60}{shown}", flush=True)
+
+
+# Parts ---------------------------------------------------------------------------------------------------------------
+
+
+def one(bench: Bench, service: Service) -> Figures:
+    found = [closed_loop(service.search, bench.photos, 1, bench.seconds / 2) for _ in range(2)]
+    best = min(found, key=lambda each: each["p50"])
+    show("one client", **{name: best[name] for name in ("p50", "p90", "p99")}, both=[each["p50"] for each in found])
+    return {**{f"one_{name}_ms": best[name] for name in ("p50", "p90", "p99")}, "one_lost": best["lost"]}
+
+
+def saturation(bench: Bench, service: Service) -> Figures:
+    """Find the number of clients that gets the most answers; measure with it again, and the CPU time of it."""
+    tried = {}
+    for clients in CLIENTS:
+        found = closed_loop(service.search, bench.photos, clients, max(1, bench.seconds / 3))
+        tried[clients] = found["qps"]
+        show(f"{clients} clients", **{name: found[name] for name in ("qps", "p50", "p99", "refused", "lost")})
+    best = max(tried, key=lambda clients: tried[clients])
+    each, cpu = [], []
+    for _ in range(2):
+        before = service.cpu()
+        found = closed_loop(service.search, bench.photos, best, bench.seconds / 2)
+        spent = sum(after - before.get(number, after) for number, after in service.cpu().items())
+        each.append(found["qps"])
+        cpu.append(1000 * spent / found["requests"])
+    with running(service.search, bench.photos, clients=best) as load:
+        time.sleep(bench.seconds)
+    replies = load.replies
+    show(
+        f"saturation, {best} clients",
+        qps=max(each),
+        each=[round(q, 1) for q in each],
+        cpu_ms=statistics.mean(cpu),
+        **replies.quantiles(),
+    )
+    return {
+        "saturation_qps": max(each),
+        "saturation_clients": best,
+        "cpu_ms_per_query": statistics.mean(cpu),
+        "saturation_p99_ms": replies.quantiles()["p99"],
+    }
+
+
+def rates(bench: Bench, service: Service, most: float) -> Figures:
+    figures: Figures = {}
+    for name, share, poisson in (("half", 0.5, False), ("half_random", 0.5, True), ("ninety", 0.9, False)):
+        replies = at_rate(service.search, bench.photos, share * most, bench.seconds, poisson)
+        figures |= {f"{name}_{key}_ms": value for key, value in replies.quantiles().items()}
+        show(f"{share:.0%} of saturation{', at random moments' * poisson}", **told(replies))
+    return {
+        **figures,
+        "p99_over_p50_at_half": figures["half_p99_ms"] / figures["half_p50_ms"],
+        "p99_over_p50_at_half_random": figures["half_random_p99_ms"] / figures["half_random_p50_ms"],
+    }
+
+
+def overload(bench: Bench, service: Service, most: float, saturated_p99: float) -> Figures:
+    replies = at_rate(service.search, bench.photos, 2 * most, bench.seconds)
+    refused = replies.ms[replies.status == 503]
+    accepted = int((replies.status == 200).sum())
+    soon = statistics.median(refused.tolist()) if len(refused) else None
+    show("200 % of saturation", **told(replies), refused_p50=soon)
+    return {
+        "overload_p99_ms": replies.quantiles()["p99"],
+        "overload_p99_ratio": replies.quantiles()["p99"] / saturated_p99,
+        "overload_statuses": replies.statuses,
+        "overload_other_errors": replies.failed - len(refused),
+        "overload_accepted_share": accepted / len(replies.status),
+        "overload_refused_p50_ms": soon,
+    }
+
+
+def swap(bench: Bench, service: Service, most: float, inputs: Inputs) -> Figures:
+    """Publish another model's index and then the first again, under load."""
+    with running(service.search, bench.photos, rate=most / 2) as load:
+        time.sleep(1)
+        took = []
+        for index in (inputs.other, inputs.index):
+            began = time.monotonic()
+            serve_index(bench.data, bench.workspace, index)
+            until(partial(service.serves, index), SWAP_S)
+            took.append(time.monotonic() - began)
+            time.sleep(2)
+        until(lambda: load.elapsed() * most / 2 > 1.05 * LEAST_REQUESTS, float("inf"))
+    replies, pairs = load.replies, inputs.pairs(bench.workspace)
+    said = [version for version, status in zip(replies.version, replies.status, strict=True) if status == 200]
+    wrong, seen = sum(version not in pairs for version in said), len(pairs & set(said))
+    show("swap, and back", **told(replies), seconds=rounded(took), wrong=wrong, versions=seen)
+    return {
+        "swap_failed": replies.failed + wrong,
+        "swap_wrong_pairs": wrong,
+        "swap_statuses": replies.statuses,
+        "swap_requests": len(replies.status),
+        "swap_versions": seen,
+        "swap_seconds": took,
+        "swap_p99_ms": replies.quantiles()["p99"],
+    }
+
+
+def memory(bench: Bench, service: Service, most: float) -> Figures:
+    """Watch resident memory at half load, once it has been at it for a while."""
+    seen: list[tuple[float, float, float]] = []
+    warm, until_s = 60 * min(2, bench.minutes / 4), 60 * bench.minutes
+    with running(service.search, bench.photos, rate=most / 2) as load:
+        time.sleep(warm)
+        while load.elapsed() < warm + until_s:
+            seen.append((load.elapsed(), service.memory(SERVICE), service.memory()))
+            time.sleep(max(1, until_s / 200))
+    edge = max(1, len(seen) // 10)
+    growth = [
+        statistics.median(row[column] for row in seen[-edge:]) - statistics.median(row[column] for row in seen[:edge])
+        for column in (1, 2)
+    ]
+    scaled = [each * 10 / bench.minutes for each in growth]
+    show(
+        f"memory, {bench.minutes:g} minutes at half load",
+        growth_mb=growth[0],
+        with_ray_mb=growth[1],
+        of=seen[-1][1],
+        failed=load.replies.failed,
+    )
+    return {
+        "rss_growth_mb_10min": scaled[0],
+        "rss_growth_mb_10min_with_ray": scaled[1],
+        "rss_mb": seen[-1][1],
+        "rss_minutes": bench.minutes,
+        "rss_failed": load.replies.failed,
+    }
+
+
+def kill(bench: Bench, service: Service, most: float) -> Figures:
+    """Kill a replica of each part, one part after the other."""
+    figures: Figures = {"kill_failed": 0, "kill_requests": 0, "kill_parts": {}}
+    for part in replicas(service):
+        replies, seconds = kill_one(bench, service, part, KILLED_AT * most)
+        show(f"kill -9 of one of two {part}", **told(replies), replaced_s=seconds)
+        figures["kill_failed"] += replies.failed
+        figures["kill_requests"] += len(replies.status)
+        figures["kill_parts"][part] = {"statuses": replies.statuses, "degraded": replies.degraded, "seconds": seconds}
+    return figures
+
+
+def kill_one(bench: Bench, service: Service, part: str, rate: float) -> tuple[Replies, float]:
+    """Kill a replica of a part under load; return the replies, and the seconds until another was in its place."""
+
+    def loaded(requests: float) -> None:
+        until(lambda: load.elapsed() * rate > requests, float("inf"))
+
+    with running(service.search, bench.photos, rate=rate) as load:
+        loaded(LEAST_REQUESTS / 4)
+        before = replicas(service)[part]
+        os.kill(before[0], signal.SIGKILL)
+        killed = load.elapsed()
+        until(lambda: len({*replicas(service).get(part, [])} - {before[0]}) >= len(before), REPLACED_S)
+        seconds = load.elapsed() - killed
+        time.sleep(5)  # it starts, and is told to who asks
+        loaded(1.05 * LEAST_REQUESTS)
+    return load.replies, seconds
+
+
+def replicas(service: Service) -> dict[str, list[int]]:
+    """Return the processes of the replicas by part; of shards those of the first."""
+    found: dict[str, list[int]] = {}
+    for number, process in service.processes((REPLICA,)).items():
+        try:
+            name = process.cmdline()[0].removeprefix(REPLICA).split(":")[1]
+        except (psutil.Error, IndexError):
+            continue
+        found.setdefault(name, []).append(number)
+    shards = sorted(name for name in found if name.startswith("shard"))
+    return {name: found[name] for name in ("Ingress", "QueryEncoder", *shards[:1]) if name in found}
+
+
+def clip(bench: Bench, service: Service) -> Figures:
+    """Ask clip-retrieval's backend for what is near vectors, and this service for what is near items: it looks their
+    vectors up, and is not sent them."""
+    folder = bench.workspace / "clip" / bench.index
+    try:
+        python = environment(bench.workspace / "clip/environment")
+    except (subprocess.CalledProcessError, OSError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        print(f"clip-retrieval does not install: {reason}")
+        return {"clip_reason": reason}
+    asked = write_index(bench.workspace, bench.index, folder)
+    own = folder / "items"
+    own.mkdir(exist_ok=True)
+    (own / "names").write_text("".join(f"/v1/items/{quote(item)}/similar?k=10\n" for item in asked))
+    figures = by_vector(bench, service.url, own, "vector")
+    try:
+        with backend(python, folder, free_port("127.0.0.1", 0), bench.workspace / "logs/clip.log") as url:
+            figures |= by_vector(bench, url, folder / "queries", "clip")
+    except RuntimeError as error:
+        print(f"clip-retrieval: {error}")
+        return {**figures, "clip_reason": str(error)}
+    return {**figures, "clip_qps_ratio": figures["vector_qps"] / figures["clip_qps"]}
+
+
+def by_vector(bench: Bench, url: str, queries: Path, name: str) -> Figures:
+    alone = closed_loop(url, queries, 1, bench.seconds / 2)
+    found = [closed_loop(url, queries, clients, bench.seconds / 2) for clients in (8, 16)]
+    best = max(found, key=lambda each: each["qps"])
+    label = "clip-retrieval's backend, by vector" if name == "clip" else "items like an item"
+    show(label, qps=best["qps"], p50_of_one=alone["p50"], refused=best["refused"], lost=best["lost"])
+    return {f"{name}_qps": best["qps"], f"{name}_p50_ms": alone["p50"]}
+
+
+def told(replies: Replies) -> Figures:
+    late = round(float(sorted(replies.late_ms)[int(0.99 * len(replies.late_ms))]), 1) if len(replies.late_ms) else None
+    more: Figures = {"degraded": replies.degraded} if replies.degraded else {}
+    if replies.untouched:
+        more["untouched"] = replies.untouched
+    return {**replies.quantiles(), "statuses": replies.statuses, **more, "generator_late_p99": late}
+
+
+def until(condition: Callable[[], bool], seconds: float) -> None:
+    """Wait for a condition, but not for ever: what did not come about shows in the figures."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def measure(bench: Bench, layout: str, parts: set[str], inputs: Inputs | None) -> Figures:
+    """Measure the parts of one layout; with `inputs` those too that publish."""
+    figures: Figures = {}
+    probed = parts & {"rates", "overload", "swap", "memory", "kill"}
+    if parts - {"bound", "kill"}:
+        with bench.service(layout, 1, current=inputs is not None) as service:
+            if "one" in parts:
+                figures |= one(bench, service)
+            if "saturation" in parts or probed:
+                figures |= saturation(bench, service)
+            most = figures.get("saturation_qps", 0.0)
+            if "rates" in parts:
+                figures |= rates(bench, service, most)
+            if "overload" in parts:
+                figures |= overload(bench, service, most, figures["saturation_p99_ms"])
+            if "swap" in parts and inputs:
+                figures |= swap(bench, service, most, inputs)
+            if "clip" in parts and layout == "beside":
+                figures |= clip(bench, service)
+            if "memory" in parts:
+                figures |= memory(bench, service, most)
+    if "kill" in parts:
+        most = figures.get("saturation_qps", 0.0)
+        with bench.service(layout, 2, current=inputs is not None) as service:
+            most = most or saturation(bench, service)["saturation_qps"]
+            figures |= kill(bench, service, most)
+    return figures
+
+
+def compare(bench: Bench, layouts: list[str], parts: set[str], inputs: Inputs | None) -> Figures:
+    """Measure layouts, the bare process before and after each; return figures and what they are of the bound's."""
+    figures: Figures = {}
+    if "bound" in parts:
+        bench.bound()
+    for layout in layouts:
+        print(f"\n{layout}: index {bench.index}")
+        found = measure(bench, layout, parts, inputs)
+        if "bound" in parts:
+            bench.bound()
+            around = bench.bounds[-2:]
+            if "saturation_qps" in found:
+                found["throughput_ratio"] = found["saturation_qps"] / statistics.mean(each["qps"] for each in around)
+            if "one_p50_ms" in found:
+                found["p50_overhead_ms"] = found["one_p50_ms"] - statistics.mean(each["p50_ms"] for each in around)
+        suffix = "" if layout == "beside" else f"_{layout}"
+        figures |= {f"{name}{suffix}": value for name, value in found.items()}
+    if bench.bounds:
+        figures["bound_qps"] = [each["qps"] for each in bench.bounds]
+        figures["bound_p50_ms"] = [each["p50_ms"] for each in bench.bounds]
+        figures["bound_settings"] = bench.bounds[0]["settings"]
+    return figures
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 3)
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def some_of(known: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """Return what reads names with commas between them."""
+
+    def read(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := set(names) - set(known):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: not among {', '.join(known)}")
+        return names
+
+    return read
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--workspace", type=Path, default=Path("workspace/serving"), help="keeps what was made")
+    parser.add_argument("--only", type=some_of(PARTS), default=PARTS, metavar="PART,PART", help="default: all")
+    parser.add_argument("--layouts", type=some_of(LAYOUTS), default=LAYOUTS, metavar=",".join(LAYOUTS))
+    parser.add_argument("--galleries", type=some_of(GALLERIES), default=GALLERIES, metavar=",".join(GALLERIES))
+    parser.add_argument("--vectors", type=int, default=1_000_000)
+    parser.add_argument("--seconds", type=float, default=10, help="of one measurement")
+    parser.add_argument("--minutes", type=float, default=10, help="for which memory is watched")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as serve.max_batch=16")
+    arguments = parser.parse_intermixed_args()
+    parts = set(arguments.only)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave the contexts, and with them end what was started
+    data, workspace = arguments.data.resolve(), arguments.workspace.resolve()
+    workspace.mkdir(parents=True, exist_ok=True)
+    photos = workspace / "photos-jpeg"
+    count, size = write_photos(data, photos)
+    inputs = prepare_inputs(data, workspace, arguments.vectors if "vectors" in arguments.galleries else 0)
+    commit, machine = versions.commit(os.path.dirname(__file__)), f"{os.cpu_count()} cores, {platform.machine()}"
+    print(f"{machine}, commit {commit}; {count} photos, JPEGs of {size / 1000:.0f} kB on average")
+    settings = (arguments.seconds, arguments.minutes, arguments.overrides)
+    figures: Figures = {}
+    if "catalogue" in arguments.galleries:
+        figures = compare(Bench(data, workspace, photos, inputs.index, *settings), arguments.layouts, parts, inputs)
+    if "vectors" in arguments.galleries and inputs.many and (few := parts & set(ON_MANY)):
+        bench = Bench(data, workspace, photos, inputs.many, *settings)
+        figures["million"] = compare(bench, arguments.layouts, few, None)
+        items = read_manifest(open_storage(str(workspace)), inputs.many)
+        figures["million"] |= {"items": items.items, "factory": items.factory, "search": items.search}
+    report = {**figures, "photos": count, "photo_kb": size / 1000, "parts": sorted(parts), "seconds": arguments.seconds}
+    print(json.dumps(rounded({**report, "commit": commit, "machine": machine})))
+
+
+if __name__ == "__main__":
+    main()
