@@ -1,11 +1,11 @@
 """What a machine can do at most: photos decoded, encoded and searched for in one bare process, without Ray or HTTP.
 
-    .venv/bin/python benchmarks/bound.py --workspace FOLDER --index VERSION --photos FOLDER [--seconds S]
+    .venv/bin/python benchmarks/bound.py --workspace FOLDER --index VERSION --photos FOLDER
 
 JPEGs lie in memory; the encoder and the shards are those that the service loads. Tries how many workers (threads of
 this process, each with an encoder of its own), threads of an encoder and photos a batch give the most queries a second,
-and how many threads answer one query at a time soonest; `--settings` (what an earlier run printed) leaves that out.
-Prints one JSON object.
+and how many threads answer one query at a time soonest. Prints that as one JSON object, and then, for each line of its
+standard input, queries a second (`many 5`: for five seconds) or the median milliseconds of one at a time (`one 5`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -106,17 +107,20 @@ def main() -> None:
     parser.add_argument("--workspace", required=True)
     parser.add_argument("--index", required=True)
     parser.add_argument("--photos", type=Path, required=True, help="folder of JPEGs, listed in its file `names`")
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--settings", type=json.loads)
+    parser.add_argument("--seconds", type=float, default=1, help="for which each of the settings is tried")
     arguments = parser.parse_args()
     photos = [(arguments.photos / name).read_bytes() for name in (arguments.photos / "names").read_text().split()]
-    bare = Bare(arguments.workspace, arguments.index, photos)
-    bare.throughput(1, os.cpu_count() or 1, 8, arguments.seconds / 4)  # warm up
-    settings = arguments.settings or best_settings(bare, os.cpu_count() or 1, max(0.3, arguments.seconds / 8))
+    bare, cores = Bare(arguments.workspace, arguments.index, photos), os.cpu_count() or 1
+    bare.throughput(1, cores, 8, arguments.seconds)  # warm up
+    settings = best_settings(bare, cores, arguments.seconds)
+    print(json.dumps(settings), flush=True)
     (workers, threads, batch), (threads_of_one, search_threads) = settings["many"], settings["one"]
-    qps = [bare.throughput(workers, threads, batch, arguments.seconds / 2) for _ in range(2)]
-    one = bare.latencies(threads_of_one, search_threads, arguments.seconds / 2)
-    print(json.dumps({"qps": max(qps), "qps_each": qps, "p50_ms": statistics.median(one), "settings": settings}))
+    for line in sys.stdin:
+        what, seconds = line.split()
+        if what == "many":
+            print(bare.throughput(workers, threads, batch, float(seconds)), flush=True)
+        else:
+            print(statistics.median(bare.latencies(threads_of_one, search_threads, float(seconds))), flush=True)
 
 
 if __name__ == "__main__":

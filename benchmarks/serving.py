@@ -6,7 +6,9 @@ FOLDER as in quality.py. Photos are sent as JPEGs; what is no JPEG is encoded at
 --vectors vectors drawn like its embeddings, are served by `jobs/serve.py` on a Ray cluster of its own, with shards
 beside the encoder and as deployments, one replica of each; key=value overrides its configuration. Parts:
 
-bound       decode, encoder and shards in one bare process (bound.py), before and after each layout; best settings
+bound       decode, encoder and shards in one bare process (bound.py), its settings chosen while nothing else runs;
+            measured before and after everything, and in turn with `one` and `saturation`, as machines are noisy; the
+            service is stopped (SIGSTOP) meanwhile
 one         latencies of one client
 saturation  the most queries a second in closed loop, by how many clients; CPU-milliseconds a query
 rates       latencies at 50 % and 90 % of that, at fixed rates; at 50 % at random moments too
@@ -31,8 +33,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,8 @@ ON_MANY = ("bound", "one", "saturation", "rates", "clip")  # what the number of 
 LAYOUTS = ("beside", "deployments")
 GALLERIES = ("catalogue", "vectors")
 CLIENTS = (4, 8, 16, 32)
+ROUNDS = 4
+LONGEST_STOP = 4.0  # seconds; Ray believes processes dead that do not answer for ten
 LEAST_REQUESTS = 2000
 KILLED_AT = 0.3  # of saturation: one replica is left, and starting another takes as much CPU as it does
 SWAP_S, REPLACED_S = 240, 120  # what a swap, or a new replica, may take
@@ -96,6 +100,20 @@ class Service:
                 found[number] = process
         return found
 
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Stop all processes as long as the context lasts, for Ray's take CPU time when nobody asks."""
+        found = self.processes().values()
+        try:
+            for process in found:
+                with suppress(psutil.Error):
+                    process.suspend()
+            yield
+        finally:
+            for process in found:
+                with suppress(psutil.Error):
+                    process.resume()
+
     def cpu(self) -> dict[int, float]:
         """Return the CPU seconds of every process."""
         found = {}
@@ -118,6 +136,34 @@ class Service:
         return total / 1e6
 
 
+class Bound:
+    """The bare process: it loads once, and works when it is asked."""
+
+    def __init__(self, workspace: Path, index: str, photos: Path, seconds: float) -> None:
+        command = [sys.executable, str(Path(__file__).with_name("bound.py")), "--workspace", str(workspace)]
+        command += ["--index", index, "--photos", str(photos), "--seconds", str(seconds)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.settings: dict[str, list[int]] = self._read()
+
+    def ask(self, what: str, seconds: float) -> float:
+        """Return queries a second ("many"), or the median milliseconds of one at a time ("one")."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{what} {seconds}\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("bound.py failed")
+        return json.loads(line)
+
+
 @dataclass
 class Bench:
     """What is measured, with what, and for how long."""
@@ -129,22 +175,19 @@ class Bench:
     seconds: float
     minutes: float
     overrides: list[str]
-    bounds: list[Figures] = field(default_factory=list)
+    bound: Bound | None = None
 
-    def bound(self) -> None:
-        """Measure the bare process once more."""
-        script = str(Path(__file__).with_name("bound.py"))
-        command = [sys.executable, script, "--workspace", str(self.workspace), "--index", self.index]
-        command += ["--photos", str(self.photos), "--seconds", str(self.seconds)]
-        if self.bounds:
-            command += ["--settings", json.dumps(self.bounds[0]["settings"])]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-        if run.returncode:
-            raise SystemExit(f"bound.py failed: {run.stderr.splitlines()[-1]}")
-        self.bounds.append(json.loads(run.stdout.splitlines()[-1]))
-        workers, threads, batch = self.bounds[-1]["settings"]["many"]
-        how = f"{workers} workers, {threads} threads, batches of {batch}"
-        show(f"bound: {how}", qps=self.bounds[-1]["qps"], p50=self.bounds[-1]["p50_ms"])
+    def in_turn(self, what: str, service: Service, measure: Callable[[], float]) -> tuple[list[float], list[float]]:
+        """Return ROUNDS measurements, and the bound's before, between and after them, if it is asked at all."""
+        own, bare = list[float](), list[float]()
+        for turn in range(ROUNDS + 1):
+            if self.bound:
+                with service.stopped():
+                    bare.append(self.bound.ask(what, min(LONGEST_STOP, self.seconds / 3)))
+                time.sleep(0.5)
+            if turn < ROUNDS:
+                own.append(measure())
+        return own, bare
 
     @contextmanager
     def service(self, layout: str, replicas: int, current: bool) -> Iterator[Service]:
@@ -175,43 +218,70 @@ def show(label: str, **figures: Any) -> None:
 
 
 def one(bench: Bench, service: Service) -> Figures:
-    found = [closed_loop(service.search, bench.photos, 1, bench.seconds / 2) for _ in range(2)]
-    best = min(found, key=lambda each: each["p50"])
-    show("one client", **{name: best[name] for name in ("p50", "p90", "p99")}, both=[each["p50"] for each in found])
-    return {**{f"one_{name}_ms": best[name] for name in ("p50", "p90", "p99")}, "one_lost": best["lost"]}
+    """Measure one client in turn with the bound."""
+    rounds: list[dict[str, float]] = []
+
+    def p50() -> float:
+        rounds.append(closed_loop(service.search, bench.photos, 1, bench.seconds / 3))
+        return rounds[-1]["p50"]
+
+    own, bare = bench.in_turn("one", service, p50)
+    best = min(rounds, key=lambda each: each["p50"])
+    show("one client", **{name: best[name] for name in ("p50", "p90", "p99")}, each=rounded(own), bound=rounded(bare))
+    figures: Figures = {f"one_{name}_ms": best[name] for name in ("p50", "p90", "p99")}
+    if bare:
+        over = [mine - (bare[n] + bare[n + 1]) / 2 for n, mine in enumerate(own)]
+        figures |= {"p50_overhead_ms": statistics.median(over), "p50_overhead_ms_each": over, "one_bound_ms": bare}
+    return {**figures, "one_lost": sum(each["lost"] for each in rounds)}
 
 
 def saturation(bench: Bench, service: Service) -> Figures:
-    """Find the number of clients that gets the most answers; measure with it again, and the CPU time of it."""
+    """Find the number of clients that gets the most answers; measure with it, in turn with the bound, and the CPU
+    time of it."""
     tried = {}
     for clients in CLIENTS:
         found = closed_loop(service.search, bench.photos, clients, max(1, bench.seconds / 3))
         tried[clients] = found["qps"]
         show(f"{clients} clients", **{name: found[name] for name in ("qps", "p50", "p99", "refused", "lost")})
     best = max(tried, key=lambda clients: tried[clients])
-    each, cpu = [], []
-    for _ in range(2):
+    cpu: list[float] = []
+
+    def qps() -> float:
         before = service.cpu()
-        found = closed_loop(service.search, bench.photos, best, bench.seconds / 2)
-        spent = sum(after - before.get(number, after) for number, after in service.cpu().items())
-        each.append(found["qps"])
-        cpu.append(1000 * spent / found["requests"])
+        found = closed_loop(service.search, bench.photos, best, bench.seconds / 3)
+        cpu.append(1000 * spent(before, service.cpu()) / found["requests"])
+        return found["qps"]
+
+    own, bare = bench.in_turn("many", service, qps)
     with running(service.search, bench.photos, clients=best) as load:
         time.sleep(bench.seconds)
-    replies = load.replies
-    show(
-        f"saturation, {best} clients",
-        qps=max(each),
-        each=[round(q, 1) for q in each],
-        cpu_ms=statistics.mean(cpu),
-        **replies.quantiles(),
-    )
+    latencies = load.replies.quantiles()
+    show(f"saturation, {best} clients", qps=max(own), each=rounded(own), bound=rounded(bare), **latencies)
+    figures: Figures = {"saturation_qps": statistics.median(own), "saturation_clients": best}
+    if bare:
+        ratios = [mine / ((bare[n] + bare[n + 1]) / 2) for n, mine in enumerate(own)]
+        figures |= {"throughput_ratio": statistics.median(ratios), "throughput_ratio_each": ratios}
+        figures |= {"saturation_bound_qps": bare}
     return {
-        "saturation_qps": max(each),
-        "saturation_clients": best,
-        "cpu_ms_per_query": statistics.mean(cpu),
-        "saturation_p99_ms": replies.quantiles()["p99"],
+        **figures,
+        "saturation_qps_each": own,
+        "saturation_p99_ms": latencies["p99"],
+        "cpu_ms_per_query": statistics.median(cpu),
+        "idle_cpu": idle_cpu(service, bench.seconds / 3),
     }
+
+
+def idle_cpu(service: Service, seconds: float) -> float:
+    """Return the share of the machine that a service takes which nobody asks."""
+    time.sleep(1)
+    before = service.cpu()
+    time.sleep(seconds)
+    return spent(before, service.cpu()) / seconds / (os.cpu_count() or 1)
+
+
+def spent(before: dict[int, float], after: dict[int, float]) -> float:
+    """Return CPU seconds."""
+    return sum(seconds - before.get(number, seconds) for number, seconds in after.items())
 
 
 def rates(bench: Bench, service: Service, most: float) -> Figures:
@@ -425,27 +495,33 @@ def measure(bench: Bench, layout: str, parts: set[str], inputs: Inputs | None) -
 
 
 def compare(bench: Bench, layouts: list[str], parts: set[str], inputs: Inputs | None) -> Figures:
-    """Measure layouts, the bare process before and after each; return figures and what they are of the bound's."""
+    """Measure layouts, and the bare process before and after them."""
     figures: Figures = {}
-    if "bound" in parts:
-        bench.bound()
-    for layout in layouts:
-        print(f"\n{layout}: index {bench.index}")
-        found = measure(bench, layout, parts, inputs)
+    try:
         if "bound" in parts:
-            bench.bound()
-            around = bench.bounds[-2:]
-            if "saturation_qps" in found:
-                found["throughput_ratio"] = found["saturation_qps"] / statistics.mean(each["qps"] for each in around)
-            if "one_p50_ms" in found:
-                found["p50_overhead_ms"] = found["one_p50_ms"] - statistics.mean(each["p50_ms"] for each in around)
-        suffix = "" if layout == "beside" else f"_{layout}"
-        figures |= {f"{name}{suffix}": value for name, value in found.items()}
-    if bench.bounds:
-        figures["bound_qps"] = [each["qps"] for each in bench.bounds]
-        figures["bound_p50_ms"] = [each["p50_ms"] for each in bench.bounds]
-        figures["bound_settings"] = bench.bounds[0]["settings"]
+            bench.bound = Bound(bench.workspace, bench.index, bench.photos, max(0.3, bench.seconds / 10))
+            figures |= {"bound_settings": bench.bound.settings, "bound_qps": [], "bound_p50_ms": []}
+            ask_alone(bench, bench.bound, figures)
+        for layout in layouts:
+            print(f"\n{layout}: index {bench.index}")
+            suffix = "" if layout == "beside" else f"_{layout}"
+            found = measure(bench, layout, parts, inputs)
+            figures |= {f"{name}{suffix}": value for name, value in found.items()}
+        if bench.bound:
+            ask_alone(bench, bench.bound, figures)
+    finally:
+        if bench.bound:
+            bench.bound.end()
     return figures
+
+
+def ask_alone(bench: Bench, bound: Bound, figures: Figures) -> None:
+    """Add what the bare process does while nothing else runs."""
+    figures["bound_qps"] += [bound.ask("many", bench.seconds / 3) for _ in range(2)]
+    figures["bound_p50_ms"] += [bound.ask("one", bench.seconds / 3) for _ in range(2)]
+    (workers, threads, batch), _ = bound.settings.values()
+    label = f"bound: {workers} workers, {threads} threads, batches of {batch}"
+    show(label, qps=max(figures["bound_qps"][-2:]), p50=min(figures["bound_p50_ms"][-2:]))
 
 
 def rounded(value: Any) -> Any:
