@@ -27,11 +27,13 @@ import argparse
 import json
 import os
 import platform
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -60,7 +62,6 @@ GALLERIES = ("catalogue", "vectors")
 CLIENTS = (4, 8, 16, 32)
 ROUNDS = 4
 LONGEST_STOP = 4.0  # seconds; Ray believes processes dead that do not answer for ten
-LEAST_REQUESTS = 2000
 KILLED_AT = 0.3  # of saturation: one replica is left, and starting another takes as much CPU as it does
 SWAP_S, REPLACED_S = 240, 120  # what a swap, or a new replica, may take
 REPLICA = "ray::ServeReplica:"
@@ -114,15 +115,14 @@ class Service:
                 with suppress(psutil.Error):
                     process.resume()
 
-    def cpu(self) -> dict[int, float]:
-        """Return the CPU seconds of every process."""
+    def cpu(self) -> dict[tuple[str, int], float]:
+        """Return the CPU seconds of every process, by what it is, HAProxy, a replica's part or Ray, and its id."""
         found = {}
         for number, process in self.processes().items():
-            try:
-                times = process.cpu_times()
-            except psutil.Error:
-                continue
-            found[number] = times.user + times.system
+            with suppress(psutil.Error):
+                times, command = process.cpu_times(), " ".join(process.cmdline())
+                kind = part_of(command) or ("haproxy" if process.name() == "haproxy" else "ray")
+                found[kind, number] = times.user + times.system
         return found
 
     def memory(self, names: tuple[str, ...] = ("",)) -> float:
@@ -174,6 +174,7 @@ class Bench:
     index: str
     seconds: float
     minutes: float
+    requests: int
     overrides: list[str]
     bound: Bound | None = None
 
@@ -244,12 +245,13 @@ def saturation(bench: Bench, service: Service) -> Figures:
         tried[clients] = found["qps"]
         show(f"{clients} clients", **{name: found[name] for name in ("qps", "p50", "p99", "refused", "lost")})
     best = max(tried, key=lambda clients: tried[clients])
-    cpu: list[float] = []
+    cpu: list[Figures] = []
 
     def qps() -> float:
         before = service.cpu()
         found = closed_loop(service.search, bench.photos, best, bench.seconds / 3)
-        cpu.append(1000 * spent(before, service.cpu()) / found["requests"])
+        used = spent(before, service.cpu())
+        cpu.append({kind: 1000 * seconds / found["requests"] for kind, seconds in used.items()})
         return found["qps"]
 
     own, bare = bench.in_turn("many", service, qps)
@@ -266,7 +268,8 @@ def saturation(bench: Bench, service: Service) -> Figures:
         **figures,
         "saturation_qps_each": own,
         "saturation_p99_ms": latencies["p99"],
-        "cpu_ms_per_query": statistics.median(cpu),
+        "cpu_ms_per_query": statistics.median(sum(each.values()) for each in cpu),
+        "cpu_ms_by_part": {kind: statistics.median(each.get(kind, 0) for each in cpu) for kind in cpu[-1]},
         "idle_cpu": idle_cpu(service, bench.seconds / 3),
     }
 
@@ -276,12 +279,15 @@ def idle_cpu(service: Service, seconds: float) -> float:
     time.sleep(1)
     before = service.cpu()
     time.sleep(seconds)
-    return spent(before, service.cpu()) / seconds / (os.cpu_count() or 1)
+    return spent(before, service.cpu()).total() / seconds / (os.cpu_count() or 1)
 
 
-def spent(before: dict[int, float], after: dict[int, float]) -> float:
-    """Return CPU seconds."""
-    return sum(seconds - before.get(number, seconds) for number, seconds in after.items())
+def spent(before: dict[tuple[str, int], float], after: dict[tuple[str, int], float]) -> Counter[str]:
+    """Return CPU seconds by what took them."""
+    total: Counter[str] = Counter()
+    for (kind, number), seconds in after.items():
+        total[kind] += seconds - before.get((kind, number), seconds)  # type: ignore[assignment]
+    return total
 
 
 def rates(bench: Bench, service: Service, most: float) -> Figures:
@@ -324,7 +330,7 @@ def swap(bench: Bench, service: Service, most: float, inputs: Inputs) -> Figures
             until(partial(service.serves, index), SWAP_S)
             took.append(time.monotonic() - began)
             time.sleep(2)
-        until(lambda: load.elapsed() * most / 2 > 1.05 * LEAST_REQUESTS, float("inf"))
+        until(lambda: load.elapsed() * most / 2 > 1.05 * bench.requests, float("inf"))
     replies, pairs = load.replies, inputs.pairs(bench.workspace)
     said = [version for version, status in zip(replies.version, replies.status, strict=True) if status == 200]
     wrong, seen = sum(version not in pairs for version in said), len(pairs & set(said))
@@ -390,14 +396,14 @@ def kill_one(bench: Bench, service: Service, part: str, rate: float) -> tuple[Re
         until(lambda: load.elapsed() * rate > requests, float("inf"))
 
     with running(service.search, bench.photos, rate=rate) as load:
-        loaded(LEAST_REQUESTS / 4)
+        loaded(bench.requests / 4)
         before = replicas(service)[part]
         os.kill(before[0], signal.SIGKILL)
         killed = load.elapsed()
         until(lambda: len({*replicas(service).get(part, [])} - {before[0]}) >= len(before), REPLACED_S)
         seconds = load.elapsed() - killed
         time.sleep(5)  # it starts, and is told to who asks
-        loaded(1.05 * LEAST_REQUESTS)
+        loaded(1.05 * bench.requests)
     return load.replies, seconds
 
 
@@ -405,13 +411,16 @@ def replicas(service: Service) -> dict[str, list[int]]:
     """Return the processes of the replicas by part; of shards those of the first."""
     found: dict[str, list[int]] = {}
     for number, process in service.processes((REPLICA,)).items():
-        try:
-            name = process.cmdline()[0].removeprefix(REPLICA).split(":")[1]
-        except (psutil.Error, IndexError):
-            continue
-        found.setdefault(name, []).append(number)
+        with suppress(psutil.Error):
+            found.setdefault(part_of(" ".join(process.cmdline())), []).append(number)
     shards = sorted(name for name in found if name.startswith("shard"))
     return {name: found[name] for name in ("Ingress", "QueryEncoder", *shards[:1]) if name in found}
+
+
+def part_of(command: str) -> str:
+    """Return which deployment the process of a replica belongs to, nothing for another process."""
+    found = re.match(rf"{REPLICA}[^:]+:([^:. ]+)", command)
+    return found[1] if found else ""
 
 
 def clip(bench: Bench, service: Service) -> Figures:
@@ -554,6 +563,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=10, help="of one measurement")
     parser.add_argument("--minutes", type=float, default=10, help="for which memory is watched")
+    parser.add_argument("--requests", type=int, default=2000, help="at least, while versions swap and replicas die")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as serve.max_batch=16")
     arguments = parser.parse_intermixed_args()
     parts = set(arguments.only)
@@ -565,7 +575,7 @@ def main() -> None:
     inputs = prepare_inputs(data, workspace, arguments.vectors if "vectors" in arguments.galleries else 0)
     commit, machine = versions.commit(os.path.dirname(__file__)), f"{os.cpu_count()} cores, {platform.machine()}"
     print(f"{machine}, commit {commit}; {count} photos, JPEGs of {size / 1000:.0f} kB on average")
-    settings = (arguments.seconds, arguments.minutes, arguments.overrides)
+    settings = (arguments.seconds, arguments.minutes, arguments.requests, arguments.overrides)
     figures: Figures = {}
     if "catalogue" in arguments.galleries:
         figures = compare(Bench(data, workspace, photos, inputs.index, *settings), arguments.layouts, parts, inputs)
