@@ -166,7 +166,7 @@ class ServeConfig(Section):
         "auto", description="shards beside the encoder in each replica, or as deployments of their own; auto: by size"
     )
     beside: Size = Field(2 * 10**9, description="auto: vectors up to this size are searched beside the encoder")
-    encoder_threads: int = Field(2, ge=1, description="of one encoder, for a batch of photos")
+    encoder_threads: int = Field(2, ge=1, description="of one encoder; batches in work at a time share them")
     concurrent_batches: int = Field(2, ge=1, description="batches that an encoder, or a replica, has in work at a time")
     max_batch: int = Field(8, ge=1, description="photos encoded together, of those that wait")
     max_queued: int = Field(32, ge=1, description="photos waiting in a replica before new ones get 503")

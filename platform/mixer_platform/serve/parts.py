@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +75,11 @@ class QueryEncoder:
         """Load the model's query graph. Raises StorageError."""
         trace_replica(config)
         folder = fetch(workspace, f"{MODELS}/{model}", (QUERY_GRAPH, SETTINGS))
-        self._embedder = QueryEmbedder(folder, config.encoder_threads)
+        # Batches at a time share the cores among them; one alone has them all. Each has a session of its own.
+        self._alone = QueryEmbedder(folder, config.encoder_threads)
+        self._beside_others = QueryEmbedder(folder, max(1, config.encoder_threads // config.concurrent_batches))
+        self._preprocess, self._dim = self._alone.preprocess, self._alone.dim
+        self._running, self._lock = 0, threading.Lock()
 
     def encode(self, photos: Sequence[bytes], expires: float) -> tuple[np.ndarray, list[str | None]]:
         """Return the embeddings float32 [m, dim] of the readable photos, and for all n None or why it is not.
@@ -87,13 +92,23 @@ class QueryEncoder:
         reasons: list[str | None] = []
         for photo in photos:
             try:
-                pixels.append(self._embedder.preprocess(decode(photo)))
+                pixels.append(self._preprocess(decode(photo)))
                 reasons.append(None)
             except UnreadableImage as error:
                 reasons.append(str(error))
         if not pixels:
-            return np.empty((0, self._embedder.dim), np.float32), reasons
-        return self._embedder(np.stack(pixels)), reasons
+            return np.empty((0, self._dim), np.float32), reasons
+        return self._embed(np.stack(pixels)), reasons
+
+    def _embed(self, pixels: np.ndarray) -> np.ndarray:
+        with self._lock:
+            embedder = self._beside_others if self._running else self._alone
+            self._running += 1
+        try:
+            return embedder(pixels)
+        finally:
+            with self._lock:
+                self._running -= 1
 
     def ready(self, expires: float) -> bool:
         """Answer."""
