@@ -13,7 +13,7 @@ one         latencies of one client
 saturation  the most queries a second in closed loop, by how many clients; CPU-milliseconds a query
 rates       latencies at 50 % and 90 % of that, at fixed rates; at 50 % at random moments too
 overload    twice that: what came back, and how soon
-swap        another model's index is published, and the first again, at half load
+swap        another model's index is published, and the first again, at 30 % load
 memory      growth over --minutes at half load
 kill        two replicas of each part, of which one is killed (SIGKILL) at 30 % load, part after part
 clip        clip-retrieval's backend and this service asked by vectors, not photos
@@ -62,7 +62,7 @@ GALLERIES = ("catalogue", "vectors")
 CLIENTS = (4, 8, 16, 32)
 ROUNDS = 4
 LONGEST_STOP = 4.0  # seconds; Ray believes processes dead that do not answer for ten
-KILLED_AT = 0.3  # of saturation: one replica is left, and starting another takes as much CPU as it does
+CHANGED_AT = 0.3  # of saturation: on few cores, what starts takes as much CPU time as what answers
 SWAP_S, REPLACED_S = 240, 120  # what a swap, or a new replica, may take
 REPLICA = "ray::ServeReplica:"
 SERVICE = (REPLICA, "ray::ServeController", "ray::HAProxy", "ray::Proxy", "haproxy")
@@ -321,7 +321,8 @@ def overload(bench: Bench, service: Service, most: float, saturated_p99: float) 
 
 def swap(bench: Bench, service: Service, most: float, inputs: Inputs) -> Figures:
     """Publish another model's index and then the first again, under load."""
-    with running(service.search, bench.photos, rate=most / 2) as load:
+    rate = CHANGED_AT * most
+    with running(service.search, bench.photos, rate=rate) as load:
         time.sleep(1)
         took = []
         for index in (inputs.other, inputs.index):
@@ -330,7 +331,7 @@ def swap(bench: Bench, service: Service, most: float, inputs: Inputs) -> Figures
             until(partial(service.serves, index), SWAP_S)
             took.append(time.monotonic() - began)
             time.sleep(2)
-        until(lambda: load.elapsed() * most / 2 > 1.05 * bench.requests, float("inf"))
+        until(lambda: load.elapsed() * rate > 1.05 * bench.requests, float("inf"))
     replies, pairs = load.replies, inputs.pairs(bench.workspace)
     said = [version for version, status in zip(replies.version, replies.status, strict=True) if status == 200]
     wrong, seen = sum(version not in pairs for version in said), len(pairs & set(said))
@@ -381,7 +382,7 @@ def kill(bench: Bench, service: Service, most: float) -> Figures:
     """Kill a replica of each part, one part after the other."""
     figures: Figures = {"kill_failed": 0, "kill_requests": 0, "kill_parts": {}}
     for part in replicas(service):
-        replies, seconds = kill_one(bench, service, part, KILLED_AT * most)
+        replies, seconds = kill_one(bench, service, part, CHANGED_AT * most)
         show(f"kill -9 of one of two {part}", **told(replies), replaced_s=seconds)
         figures["kill_failed"] += replies.failed
         figures["kill_requests"] += len(replies.status)
