@@ -133,6 +133,46 @@ def test_a_failure_reaches_all_of_its_batch_and_no_other():
     run(test)
 
 
+def test_a_batch_that_is_cancelled_leaves_nobody_waiting():
+    async def test() -> None:
+        async def process(works: list[int]) -> list[int]:
+            raise asyncio.CancelledError
+
+        batcher = Batcher(process, max_batch=2, concurrent=lambda: 1, max_queued=100)
+        with pytest.raises(ApiError, match="the search was interrupted; try again"):
+            await batcher([1, 2, 3], LATER)
+
+    run(test)
+
+
+def test_results_that_are_too_few_leave_nobody_waiting():
+    async def test() -> None:
+        async def process(works: list[int]) -> list[int]:
+            return works[1:]
+
+        batcher = Batcher(process, max_batch=2, concurrent=lambda: 1, max_queued=100)
+        with pytest.raises(RuntimeError, match="1 results of 2"):
+            await batcher([1, 2], LATER)
+
+    run(test)
+
+
+def test_who_has_left_is_not_in_the_way_of_others():
+    async def test() -> None:
+        gate = Gate()
+        batcher = Batcher(gate, max_batch=1, concurrent=lambda: 1, max_queued=2)
+        first, *left = await begun(*(batcher([number], LATER) for number in range(3)))
+        for each in left:
+            each.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        assert batcher.waiting == 0
+        (last,) = await begun(batcher([9], LATER))
+        gate.open.set()
+        assert await asyncio.gather(first, last) == [[0], [-9]]
+
+    run(test)
+
+
 def test_batches_are_observed():
     async def test() -> None:
         gate, seen = Gate(), []

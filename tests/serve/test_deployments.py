@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +80,12 @@ def until(done: Callable[[], Any]) -> None:
 
 def replicas(name: str) -> list[psutil.Process]:
     """Return the processes of a deployment's replicas."""
-    mine = psutil.Process().children(recursive=True)
-    return [each for each in mine if f"ServeReplica:{name}" in each.name() + " ".join(each.cmdline())]
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            if f"ServeReplica:{name}" in " ".join(each.cmdline()):
+                found.append(each)
+    return found
 
 
 def test_the_parts_are_deployments_of_their_own(http: httpx.Client, deployed: Workspace, photo: Photo):
@@ -121,6 +126,9 @@ def test_encoder_and_shards_change_together_and_the_old_ones_end(http: httpx.Cli
             until(lambda version=version: all(said.get("index") == version for _, said in asking.replies[-20:]))
             other = "index-a" if version == "index-b" else "index-b"
             until(lambda other=other: backend_name(other) not in ray_serve.status().applications)
+            killed = min(process.pid for process in replicas("mixer:Ingress"))
+            os.kill(killed, signal.SIGKILL)  # the next one opens what is served now
+            until(lambda killed=killed: len({each.pid for each in replicas("mixer:Ingress")} - {killed}) == 2)
         asking.wait_for_more()
     assert [said for status, said in asking.replies if status != 200] == []
     pairs = {("index-a", "model-a"), ("index-b", "model-b")}

@@ -282,7 +282,7 @@ def test_a_browser_may_ask_before_it_sends_the_key_and_read_the_refusal(header: 
     assert (reply.status_code, reply.headers["access-control-allow-origin"]) == (200, "https://shop.example")
     refused = client.get("/v1/search", headers={"Origin": "https://shop.example"})
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://shop.example")
-    assert refused.headers["access-control-expose-headers"] == "Retry-After"
+    assert refused.headers["access-control-expose-headers"] == "Retry-After, X-Request-ID"
 
 
 def test_pages_of_other_origins_may_not_ask() -> None:

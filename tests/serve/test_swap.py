@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from mixer_platform.serve.api import create_api
+from mixer_platform.serve.engine import Query
 from mixer_platform.serve.loading import calibrated, open_beside, wished
 from mixer_platform.serve.service import SearchService
 from mixer_platform.serve.swap import Swapper, check
@@ -103,6 +105,40 @@ def test_a_named_version_does_not_follow_current(fresh_workspace: Any):
     serve_version(fresh_workspace.root, "index-b")
     assert wished(config)() == "index-a"
     assert wished(fresh_workspace.config)() == "index-b"
+
+
+def test_whatever_fails_is_told_and_followed_on(fresh_workspace: Any):
+    config, calls = fresh_workspace.config, 0
+
+    async def load(version: str) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("no memory left")
+        return await asyncio.to_thread(open_beside, config, version)
+
+    publish_version(fresh_workspace.root, "model-b", "index-b", negative=True)
+    swapper = Swapper(open_beside(config, "index-a"), wished(config), load, calibrated(config))
+    serve_version(fresh_workspace.root, "index-b")
+    asyncio.run(swapper.look())
+    assert swapper.engine.index.version == "index-a"
+    assert swapper.last_swap is not None
+    assert swapper.last_swap.error == "no memory left"
+    asyncio.run(swapper.look())
+    assert swapper.engine.index.version == "index-b"
+
+
+def test_what_was_asked_of_one_version_is_answered_by_it(fresh_workspace: Any, swapper: Swapper, photo: Photo):
+    publish_version(fresh_workspace.root, "model-b", "index-b", negative=True)
+    first, other = swapper.engine, open_beside(fresh_workspace.config, "index-b")
+    service = SearchService(swapper, fresh_workspace.config.serve)
+    swapper.engine = other  # while these waited
+    expires = time.time() + 60
+    queries = [Query(photo(5), None, 3, None, expires, engine) for engine in (first, other, first)]
+    rankings = asyncio.run(service._answer(queries))
+    assert [ranking.engine for ranking in rankings] == [first, other, first]
+    expected = fresh_workspace.exact(fresh_workspace.embed(photo(5)), 3)
+    assert all(ranking.rows["item_id"].to_pylist() == expected for ranking in rankings)
 
 
 def test_an_unreadable_current_changes_nothing(fresh_workspace: Any, swapper: Swapper):

@@ -45,7 +45,7 @@ from mixer_platform.serve.schemas import (
     Status,
     StatusReply,
 )
-from mixer_platform.serve.service import SearchService, timings
+from mixer_platform.serve.service import SearchService, timings, until_expired
 from mixer_platform.serve.watch import Watch
 from mixer_platform.storage import open_storage
 
@@ -120,7 +120,8 @@ def create_api(
         """Find the items that look like a photo."""
         began, until = time.time(), expires(request)
         service.batcher.refuse_if_full()  # before the body is read, parsed and held
-        photo, options = await read_search(request, config, fetcher)
+        async with until_expired(until):
+            photo, options = await read_search(request, config, fetcher)
         (answer,) = await service.search([photo], options, until)
         if isinstance(answer, ApiError):
             raise answer
@@ -137,7 +138,8 @@ def create_api(
         """Search for several photos; one that cannot be used gets an error in its place."""
         began, until = time.time(), expires(request)
         service.batcher.refuse_if_full()
-        photos, options = await read_batch(request, config)
+        async with until_expired(until):
+            photos, options = await read_batch(request, config)
         answers = await service.search(photos, options, until)
         results = [error_reply(each, request.headers) if isinstance(each, ApiError) else each[0] for each in answers]
         rankings = [each[1] for each in answers if not isinstance(each, ApiError)]

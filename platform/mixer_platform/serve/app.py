@@ -58,7 +58,7 @@ def application(config: RunConfig) -> serve.Application:
     backends = serve.deployment(
         name="Backends", ray_actor_options={"num_cpus": 0}, health_check_period_s=2, logging_config=LOGGING
     )(Backends)
-    return ingress.bind(config, version, False, backends.bind(config))
+    return ingress.bind(config, version, False, backends.bind(config, version))
 
 
 def backend(config: RunConfig, version: str) -> serve.Application:

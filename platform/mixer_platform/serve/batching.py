@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -65,8 +66,10 @@ class Batcher(Generic[Work, Result]):
         try:
             return list(await asyncio.gather(*(each.result for each in waiting)))
         finally:
-            for each in waiting:  # whoever asked has gone: do not begin
+            for each in waiting:
                 each.result.cancel()
+            if any(each.result.cancelled() for each in waiting):  # whoever asked has gone: do not begin, do not count
+                self._queue = deque(each for each in self._queue if not each.result.done())
 
     def _start(self) -> None:
         while self._queue and len(self._running) < self._concurrent():
@@ -80,7 +83,8 @@ class Batcher(Generic[Work, Result]):
                     continue
                 batch.append(each)
             if batch:
-                task = asyncio.create_task(self._run(batch))
+                # In no request's context: Serve would cancel its calls with that request.
+                task = asyncio.create_task(self._run(batch), context=contextvars.Context())
                 self._running.add(task)
                 task.add_done_callback(self._finish)
 
@@ -89,13 +93,18 @@ class Batcher(Generic[Work, Result]):
         self._start()
 
     async def _run(self, batch: list[_Waiting[Work, Result]]) -> None:
-        self.observe(len(batch), time.monotonic() - batch[0].since)
         try:
+            self.observe(len(batch), time.monotonic() - batch[0].since)
             results = await self._process([each.work for each in batch])
-        except Exception as error:  # it belongs to those who wait
+            if len(results) != len(batch):
+                raise RuntimeError(f"{len(results)} results of {len(batch)}")
+        except BaseException as error:  # it belongs to those who wait
+            ended = isinstance(error, asyncio.CancelledError)  # by Serve, when the client that began the batch leaves
             for each in batch:
                 if not each.result.done():
-                    each.result.set_exception(error)
+                    each.result.set_exception(unavailable("the search was interrupted; try again") if ended else error)
+            if not isinstance(error, Exception):
+                raise
             return
         for each, result in zip(batch, results, strict=True):
             if not each.result.done():

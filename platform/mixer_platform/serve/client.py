@@ -37,7 +37,7 @@ from mixer_platform.serve.schemas import (
 Reply = TypeVar("Reply", bound=BaseModel)
 Photo = bytes | Path
 
-RETRIED = frozenset((429, 503))  # every request only asks, so each may be asked again
+RETRIED = frozenset((429, 502, 503, 504))  # every request only asks, so each may be asked again
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 5.0
 _STARTS = {b"\x89PNG": "image/png", b"RIFF": "image/webp"}

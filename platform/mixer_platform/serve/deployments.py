@@ -11,8 +11,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from mixer_platform.config import RunConfig
@@ -20,6 +18,7 @@ from mixer_platform.errors import MixerError
 from mixer_platform.serve.api import create_api
 from mixer_platform.serve.canary import Canary
 from mixer_platform.serve.engine import Engine
+from mixer_platform.serve.errors import ApiError
 from mixer_platform.serve.keys import key_ring
 from mixer_platform.serve.loading import backend_name, calibrated, open_beside, open_deployed, wished
 from mixer_platform.serve.logs import join_serve_log
@@ -42,8 +41,7 @@ class Ingress:
         trace_replica(config.serve)
         self._config, self._beside, self._ring = config, beside, key_ring(config.serve, os.environ)
         self._canary = Canary(config)
-        engine = await self._load(version)
-        await check(engine, self._canary)
+        engine = await self._first(version)
         self._swapper = Swapper(engine, wished(config), self._load, calibrated(config), self._canary)
         self._service = SearchService(self._swapper, config.serve)
         if backends is not None:
@@ -51,6 +49,22 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self._service, self._config, self._ring, self._canary)
+
+    async def _first(self, deployed: str) -> Engine:
+        """Open what is wished now; what was when this was deployed, maybe long ago, where that cannot be served."""
+        wish = await asyncio.to_thread(wished(self._config)) if self._config.serve.follow_s else deployed
+        try:
+            return await self._opened(wish)
+        except (MixerError, ApiError) as error:
+            if wish == deployed:
+                raise
+            log.warning("index %s cannot be served, %s is opened: %s", wish, deployed, error)
+            return await self._opened(deployed)
+
+    async def _opened(self, version: str) -> Engine:
+        engine = await self._load(version)
+        await check(engine, self._canary)
+        return engine
 
     async def _load(self, version: str) -> Engine:
         if self._beside:
@@ -60,7 +74,7 @@ class Ingress:
     async def _hold(self, backends: DeploymentHandle) -> None:
         """Say again and again which version is asked here, so that it stays."""
         while True:
-            with suppress(RayError, RayServeException):
+            with suppress(Exception):  # whatever it is: what is asked must not be taken down for want of a word
                 await backends.hold.remote(self._swapper.engine.index.version)
             await asyncio.sleep(HOLD_S)
 
@@ -68,9 +82,11 @@ class Ingress:
 class Backends:
     """Keeps a Serve application of encoder and shards for the wished version, and for those that are asked."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, version: str) -> None:
+        """`version`: the one to serve where none is followed."""
         join_serve_log()
-        self._config, self._wished = config, wished(config)
+        self._config = config
+        self._wished = wished(config) if config.serve.follow_s else lambda: version
         self._held: dict[str, float] = {}  # when a version was last wished or asked
         self._task = asyncio.get_running_loop().create_task(self._follow())
 
@@ -82,8 +98,8 @@ class Backends:
         while True:
             try:
                 await asyncio.to_thread(self.look)
-            except (MixerError, RayServeException, RayError, ValueError) as error:
-                log.warning("deployments of the wished index: %s", error)
+            except Exception as error:  # whatever it is: who follows must not stop
+                log.warning("deployments of the wished index: %r", error)
             await asyncio.sleep(self._config.serve.follow_s or 2.0)
 
     def look(self) -> None:
@@ -93,6 +109,11 @@ class Backends:
         version = self._wished()
         name, now = backend_name(version), time.monotonic()
         running = serve.status().applications
+        if name in running and running[name].status == "DEPLOY_FAILED":
+            if now - self._held.get(version, 0) > self._config.serve.retire_s:  # time to read why, and to mend it
+                serve.delete(name, _blocking=False)  # the next look brings it up anew
+                self._held[version] = now
+            return
         if name not in running:
             serve.run_many(
                 [serve.RunTarget(backend(self._config, version), name, route_prefix=None)],

@@ -14,19 +14,23 @@ import pyarrow as pa
 from mixer.calibration import Calibration
 from mixer_platform.attributes import merge_attributes, merged_schema, with_schema
 from mixer_platform.gallery import MISSING, IndexManifest, merge_top_k
-from mixer_platform.serve.errors import UNAVAILABLE, ApiError, unavailable, unreadable
+from mixer_platform.serve.errors import ApiError, unavailable, unreadable
 from mixer_platform.serve.parts import Found, Parts
 
 
 @dataclass(frozen=True, eq=False)
 class Query:
-    """What is searched for: a photo, or a unit embedding float32 [dim]; the k nearest that `where` lets pass."""
+    """What is searched for: a photo, or a unit embedding float32 [dim]; the k nearest that `where` lets pass.
+
+    `engine`: whose embedding and whose columns those are, so who must answer, whatever has come in meanwhile.
+    """
 
     photo: bytes | None
     vector: np.ndarray | None
     k: int
     where: str | None
     expires: float  # Unix time
+    engine: Engine | None = None
     asked: float = field(default_factory=time.time)
 
 
@@ -104,13 +108,13 @@ class Engine:
         vectors, errors = await self._vectors(queries, expires)
         encoded = perf_counter()
         results: list[Ranking | ApiError | None] = list(errors)
-        asked: dict[str | None, list[int]] = {}
+        # Of an index that is not exact, what is found depends on how deep it is searched: so not on who else asks.
+        asked: dict[tuple[str | None, int], list[int]] = {}
         for place, (query, error) in enumerate(zip(queries, errors, strict=True)):
             if error is None:
-                asked.setdefault(query.where, []).append(place)
+                asked.setdefault((query.where, query.k), []).append(place)
         encode_ms = 1000 * (encoded - began)
-        for where, places in asked.items():
-            k = max(queries[place].k for place in places)
+        for (where, k), places in asked.items():
             started = perf_counter()
             stacked = np.stack([vectors[place] for place in places])
             nearest, lost = await self._ask("search", stacked, k, where, expires=expires)
@@ -118,7 +122,7 @@ class Engine:
             row_ids = rows["id"].to_numpy()
             search_ms = 1000 * (perf_counter() - started)
             for row, place in enumerate(places):
-                count = min(queries[place].k, int((ids[row] != MISSING).sum()))
+                count = int((ids[row] != MISSING).sum())
                 best = ids[row, :count]
                 results[place] = Ranking(
                     self,
@@ -182,7 +186,7 @@ class Engine:
         lost: dict[str, ApiError] = {}
         for name, answer in zip(self._parts.names, answers, strict=True):
             if isinstance(answer, ApiError):
-                if answer.code != UNAVAILABLE:
+                if answer.status != 503:
                     raise answer
                 lost[name] = answer
         if lost and (not self._degrade or len(lost) == len(answers)):

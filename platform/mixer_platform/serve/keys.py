@@ -163,8 +163,8 @@ def add_guards(api: Starlette, ring: KeyRing | None, cors_origins: Sequence[str]
             CORSMiddleware,
             allow_origins=cors_origins,
             allow_methods=("GET", "POST"),
-            allow_headers=("Authorization", "Content-Type", "X-API-Key"),
-            expose_headers=("Retry-After",),
+            allow_headers=("Authorization", "Content-Type", "X-API-Key", "X-Request-ID", "X-Request-Timeout-Ms"),
+            expose_headers=("Retry-After", "X-Request-ID"),
         )
 
 

@@ -63,9 +63,15 @@ async def open_deployed(config: RunConfig, version: str) -> Engine:
     storage = open_storage(config.workspace)
     manifest = await asyncio.to_thread(read_checked, storage, config, version)
     name = backend_name(version)
-    async with asyncio.timeout(START_TIMEOUT_S):
-        while not await asyncio.to_thread(is_running, name):
-            await asyncio.sleep(LOOK_S)
+    still = wished(config)
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            while not await asyncio.to_thread(is_running, name):
+                await asyncio.sleep(LOOK_S)
+                if config.serve.follow_s and await asyncio.to_thread(still) != version:
+                    raise MixerError(f"index {version} is not wished any more")
+    except TimeoutError:
+        raise MixerError(f"{name} did not start within {START_TIMEOUT_S:g} s; see `serve status`") from None
     encoder = serve.get_deployment_handle(ENCODER, name)
     shards = {entry.name: serve.get_deployment_handle(entry.name, name) for entry in manifest.shards}
     parts = Deployed(encoder, shards, config.serve.concurrent_batches, lambda: running_encoders(name))

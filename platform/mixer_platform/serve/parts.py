@@ -96,6 +96,9 @@ class QueryEncoder:
                 reasons.append(None)
             except UnreadableImage as error:
                 reasons.append(str(error))
+            except Exception:  # its batch holds other people's photos
+                log.exception("a photo of %d bytes cannot be decoded", len(photo))
+                reasons.append("it cannot be decoded")
         if not pixels:
             return np.empty((0, self._dim), np.float32), reasons
         return self._embed(np.stack(pixels)), reasons

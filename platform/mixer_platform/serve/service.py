@@ -44,11 +44,11 @@ class SearchService:
 
         Raises ApiError: 422 for options that the index does not know, 503 where there is no answer by `expires`.
         """
-        where = options.where(self.engine.schema)
-        self._check(options)
+        engine = self.engine
+        where = self._where(options, engine)
         whole = [photo for photo in photos if not isinstance(photo, ApiError)]
-        queries = [Query(photo, None, next(self._depths(options)), where, expires) for photo in whole]
-        async with _until(expires):
+        queries = [Query(photo, None, next(self._depths(options)), where, expires, engine) for photo in whole]
+        async with until_expired(expires):
             rankings = iter(await self.batcher(queries, expires) if queries else [])
             answers = [photo if isinstance(photo, ApiError) else next(rankings) for photo in photos]
             return [
@@ -58,14 +58,13 @@ class SearchService:
 
     async def similar(self, item_id: str, options: Options, expires: float) -> tuple[Page, Ranking]:
         """Return the page of the items nearest to an item, itself left out. Raises ApiError, 404 for no such item."""
-        where = options.where(self.engine.schema)
-        self._check(options)
-        async with _until(expires):
-            engine = self.engine
+        engine = self.engine
+        where = self._where(options, engine)
+        async with until_expired(expires):
             vector = await engine.vector(item_id, expires)
             if vector is None:
                 raise unknown_item(engine, item_id)
-            query = Query(None, vector, next(self._depths(options, more=1)), where, expires)
+            query = Query(None, vector, next(self._depths(options, more=1)), where, expires, engine)
             (ranking,) = await self.batcher([query], expires)
             if isinstance(ranking, ApiError):
                 raise ranking
@@ -73,7 +72,7 @@ class SearchService:
 
     async def item(self, item_id: str, expires: float) -> dict[str, Any]:
         """Return an item's display columns. Raises ApiError, 404 without such an item."""
-        async with _until(expires):
+        async with until_expired(expires):
             engine = self.engine
             row = await engine.item(item_id, expires)
             if row is None:
@@ -81,16 +80,23 @@ class SearchService:
             return row
 
     async def _answer(self, queries: list[Query]) -> list[Ranking | ApiError]:
-        return await self.engine.answer(queries)
+        results: dict[int, Ranking | ApiError] = {}
+        for engine in {id(query.engine): query.engine for query in queries}.values():  # two while a version comes in
+            places = [place for place, query in enumerate(queries) if query.engine is engine]
+            answers = await (engine or self.engine).answer([queries[place] for place in places])
+            results |= dict(zip(places, answers, strict=True))
+        return [results[place] for place in range(len(queries))]
 
-    def _check(self, options: Options) -> None:
-        names = [name for name in self.engine.schema.names if name not in ("id", "item_id")]
+    def _where(self, options: Options, engine: Engine) -> str | None:
+        """Return the filter as the engine takes it. Raises ApiError for options that it does not know."""
+        names = [name for name in engine.schema.names if name not in ("id", "item_id")]
         if options.group_by not in (None, LOOK, *names):
             raise invalid(
                 f"group_by is {reprlib.repr(options.group_by)}; it must be {LOOK} or one of {', '.join(names)}"
             )
-        if options.min_probability and self.engine.calibration is None:
+        if options.min_probability and engine.calibration is None:
             raise invalid("min_probability: this model's scores are not calibrated; run jobs/evaluate.py")
+        return options.where(engine.schema)
 
     def _depths(self, options: Options, more: int = 0) -> Iterator[int]:
         """Yield how many items to ask for: one more than is shown, which tells whether there is a next page; where
@@ -152,6 +158,8 @@ class SearchService:
         if options.group_by == LOOK:
             vectors = await ranking.engine.vectors_of(ranking.ids[places], expires)
             return places[first_of_each_look(vectors, self._config.same_look)]
+        if options.group_by not in ranking.rows.column_names:  # only a lost shard has it
+            return places
         return places[first_of_each(ranking.rows[options.group_by].take(pa.array(places)).to_pylist())]
 
 
@@ -170,7 +178,7 @@ def timings(rankings: Sequence[Ranking], began: float) -> Timings:
     )
 
 
-class _until:
+class until_expired:
     """Gives up at a Unix time, with the reply that says so."""
 
     def __init__(self, expires: float) -> None:

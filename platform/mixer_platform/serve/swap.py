@@ -8,14 +8,11 @@ import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 
 from mixer.calibration import Calibration
 from mixer_platform.errors import MixerError
 from mixer_platform.serve.canary import Canary
 from mixer_platform.serve.engine import Engine, Query, Ranking
-from mixer_platform.serve.errors import ApiError
 from mixer_platform.serve.schemas import Swap
 
 CHECK_SECONDS = 60.0
@@ -55,21 +52,18 @@ class Swapper:
         """Bring in the wished version if it is not the one that answers. What fails is told and tried again."""
         try:
             version = await asyncio.to_thread(self._wished)
-            # A model is evaluated once it is served: what its scores are worth comes later, and may be told anew.
-            self.engine.calibration = await asyncio.to_thread(self._calibrated, self.engine.index.model)
-            await self.engine.refresh()
-        except (MixerError, RayServeException, RayError) as error:
+        except Exception as error:  # whatever it is, here and below: who follows must not stop
             log.warning("which index to serve cannot be read: %s", error)
             return
         if version == self.engine.index.version:
-            return
+            return await self._refresh()
         began, self.loading, before = time.time(), version, self.engine.index.version
         reason: str | None = None
         try:
             engine = await self._load(version)
             await check(engine, self._canary)
-        except (MixerError, ApiError) as error:
-            reason = str(error)
+        except Exception as error:
+            reason = str(error) or type(error).__name__
             if self.last_swap is None or (self.last_swap.version, self.last_swap.error) != (version, reason):
                 log.warning("index %s stays: %s cannot be served: %s", before, version, reason)
         else:
@@ -85,6 +79,15 @@ class Swapper:
             error=reason,
         )
         self.observe(self.last_swap)
+
+    async def _refresh(self) -> None:
+        """Look at what may change of the version that answers."""
+        try:
+            # A model is evaluated once it is served: what its scores are worth comes later, and may be told anew.
+            self.engine.calibration = await asyncio.to_thread(self._calibrated, self.engine.index.model)
+            await self.engine.refresh()
+        except Exception as error:
+            log.warning("index %s: %s", self.engine.index.version, error)
 
 
 async def check(engine: Engine, canary: Canary | None = None) -> None:
