@@ -168,8 +168,8 @@ class ServeConfig(Section):
     beside: Size = Field(2 * 10**9, description="auto: vectors up to this size are searched beside the encoder")
     encoder_threads: int = Field(2, ge=1, description="of one encoder; batches in work at a time share them")
     concurrent_batches: int = Field(2, ge=1, description="batches that an encoder, or a replica, has in work at a time")
-    max_batch: int = Field(8, ge=1, description="photos encoded together, of those that wait")
-    max_queued: int = Field(16, ge=1, description="photos waiting in a replica before new ones get 503")
+    max_batch: int = Field(4, ge=1, description="photos encoded together, of those that wait")
+    max_queued: int = Field(12, ge=1, description="photos waiting in a replica before new ones get 503")
     timeout_ms: float = Field(5000, gt=0, description="what a request may take; a client may ask for less")
     follow_s: float = Field(2, ge=0, description="seconds from look to look at index/CURRENT; 0: never")
     retire_s: float = Field(

@@ -45,6 +45,7 @@ def test_merge_equals_sorting_everything(k: int):
     parts = [found(rng, np.arange(n, 23, 3), queries=6, k=k) for n in range(3)]
     scores, ids, rows = merge(parts, k)
     assert rows["item_id"].to_pylist() == [str(identity) for identity in rows["id"].to_pylist()]
+    assert len(set(rows["id"].to_pylist())) == len(rows)
     assert set(ids[ids != MISSING].tolist()) <= set(rows["id"].to_pylist())
     for query in range(6):
         pairs = [
@@ -66,7 +67,7 @@ def test_shards_of_different_columns_merge():
     other = Found(np.zeros((1, 1), np.float32), np.array([[1]]), pa.table({"id": [1], "item_id": ["one"], "x": ["y"]}))
     _, ids, rows = merge([one, other], 5)
     assert ids.tolist() == [[2, 1]]
-    assert rows.to_pylist() == [
+    assert rows.sort_by("id").to_pylist() == [
         {"id": 1, "item_id": "one", "size": None, "x": "y"},
         {"id": 2, "item_id": "two", "size": 1, "x": None},
     ]

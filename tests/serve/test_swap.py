@@ -138,7 +138,7 @@ def test_what_was_asked_of_one_version_is_answered_by_it(fresh_workspace: Any, s
     rankings = asyncio.run(service._answer(queries))
     assert [ranking.engine for ranking in rankings] == [first, other, first]
     expected = fresh_workspace.exact(fresh_workspace.embed(photo(5)), 3)
-    assert all(ranking.rows["item_id"].to_pylist() == expected for ranking in rankings)
+    assert all(ranking.rows()["item_id"].to_pylist() == expected for ranking in rankings)
 
 
 def test_an_unreadable_current_changes_nothing(fresh_workspace: Any, swapper: Swapper):

@@ -36,8 +36,9 @@ class Query:
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """The nearest items of one query, best first: scores float32 and ids int64 [m], and their rows in that order.
+    """The nearest items of one query, best first: scores float32 and ids int64 [m].
 
+    `places` says which rows of its batch's table `found` are theirs: they are taken when they are shown.
     `asked` and `begun` are when the query came and when its batch was begun, Unix times.
     """
 
@@ -45,12 +46,17 @@ class Ranking:
     vector: np.ndarray
     scores: np.ndarray
     ids: np.ndarray
-    rows: pa.Table
+    found: pa.Table
+    places: np.ndarray
     missing_shards: list[str]
     encode_ms: float | None
     search_ms: float
     asked: float
     begun: float
+
+    def rows(self, ranks: np.ndarray | None = None) -> pa.Table:
+        """Return the display columns of the items at these ranks, default: of all."""
+        return self.found.take(pa.array(self.places if ranks is None else self.places[ranks]))
 
     @property
     def wait_ms(self) -> float:
@@ -59,13 +65,13 @@ class Ranking:
 
 
 def merge(found: Sequence[Found], k: int) -> tuple[np.ndarray, np.ndarray, pa.Table]:
-    """Merge what shards found into the k best: scores and ids [n, k], and the rows of all ids, ascending by id."""
+    """Merge what shards found into the k best: scores and ids [n, k], and the rows of all ids, in no order."""
     scores, ids = merge_top_k([(part.scores, part.ids) for part in found], k)
-    if len(found) == 1:
-        return scores, ids, found[0].rows
-    schema = merged_schema([part.rows.schema for part in found])
-    rows = pa.concat_tables([with_schema(part.rows, schema) for part in found])
-    return scores, ids, rows.take(pa.array(np.argsort(rows["id"].to_numpy())))
+    tables = [part.rows for part in found]
+    if any(table.schema != tables[0].schema for table in tables):
+        schema = merged_schema([table.schema for table in tables])
+        tables = [with_schema(table, schema) for table in tables]
+    return scores, ids, pa.concat_tables(tables)
 
 
 class Engine:
@@ -120,6 +126,7 @@ class Engine:
             nearest, lost = await self._ask("search", stacked, k, where, expires=expires)
             scores, ids, rows = merge(nearest, k)
             row_ids = rows["id"].to_numpy()
+            order = np.argsort(row_ids)
             search_ms = 1000 * (perf_counter() - started)
             for row, place in enumerate(places):
                 count = int((ids[row] != MISSING).sum())
@@ -129,7 +136,8 @@ class Engine:
                     vectors[place],
                     scores[row, :count],
                     best,
-                    rows.take(pa.array(np.searchsorted(row_ids, best))),
+                    rows,
+                    order[np.searchsorted(row_ids, best, sorter=order)],
                     list(lost),
                     None if queries[place].photo is None else encode_ms,
                     search_ms,

@@ -10,7 +10,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from mixer_platform.config import ServeConfig
 from mixer_platform.item_ids import probes
@@ -140,7 +139,7 @@ class SearchService:
                 score=float(ranking.scores[place]),
                 probability=None if probabilities is None else float(probabilities[place]),
             )
-            for place, row in zip(places.tolist(), ranking.rows.take(places).to_pylist(), strict=True)
+            for place, row in zip(places.tolist(), ranking.rows(places).to_pylist(), strict=True)
         ]
         more = len(likely) > shown and shown < self._config.max_k
         return Page.model_construct(
@@ -151,16 +150,18 @@ class SearchService:
         """Return the places of the ranking that are shown: without the item itself, and one of each group."""
         places = np.arange(len(ranking.ids))
         if without is not None:
-            own = np.isin(ranking.ids, probes(without)) & (np.array(ranking.rows["item_id"].to_pylist()) == without)
-            places = places[~own]
+            alike = np.flatnonzero(np.isin(ranking.ids, probes(without)))
+            names = ranking.rows(alike)["item_id"].to_pylist()
+            own = [place for place, name in zip(alike.tolist(), names, strict=True) if name == without]
+            places = np.delete(places, own)
         if options.group_by is None:
             return places
         if options.group_by == LOOK:
             vectors = await ranking.engine.vectors_of(ranking.ids[places], expires)
             return places[first_of_each_look(vectors, self._config.same_look)]
-        if options.group_by not in ranking.rows.column_names:  # only a lost shard has it
+        if options.group_by not in ranking.found.column_names:  # only a lost shard has it
             return places
-        return places[first_of_each(ranking.rows[options.group_by].take(pa.array(places)).to_pylist())]
+        return places[first_of_each(ranking.rows(places)[options.group_by].to_pylist())]
 
 
 def unknown_item(engine: Engine, item_id: str) -> ApiError:
