@@ -187,6 +187,6 @@ def test_a_replica_that_cannot_start_is_said_in_one_sentence_and_the_next_index_
 ):
     shard = Path(fresh_workspace.config.workspace) / "index/index-a/shard-00001.faiss"
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
-    with pytest.raises(MixerError, match=r"^shard-00001 did not start: .*shard-00001.faiss: not the bytes that were"):
+    with pytest.raises(MixerError, match=r"^Ingress did not start: .*shard-00001.faiss: not the bytes that were"):
         job.serve(fresh_workspace.config)
     assert job.serve(workspace.config)["url"] == report["url"]
