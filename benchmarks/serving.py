@@ -4,7 +4,8 @@
 
 FOLDER as in quality.py. Photos are sent as JPEGs; what is no JPEG is encoded at its size first. The catalogue, and
 --vectors vectors drawn like its embeddings, are served by `jobs/serve.py` on a Ray cluster of its own, with shards
-beside the encoder and as deployments, one replica of each; key=value overrides its configuration. Parts:
+beside the encoder and as deployments (in larger batches), one replica of each; key=value overrides its
+configuration. Parts:
 
 bound       decode, encoder and shards in one bare process (bound.py), its settings chosen while nothing else runs;
             measured before and after everything, and in turn with `one` and `saturation`, as machines are noisy; the
@@ -57,7 +58,10 @@ from mixer_platform.storage import open_storage
 
 PARTS = ("bound", "one", "saturation", "rates", "overload", "swap", "memory", "kill", "clip")
 ON_MANY = ("bound", "one", "saturation", "rates", "clip")  # what the number of items changes
-LAYOUTS = ("beside", "deployments")
+LAYOUTS = {
+    "beside": [],
+    "deployments": ["serve.max_batch=8", "serve.max_queued=24"],  # a hop costs the same for more photos
+}
 GALLERIES = ("catalogue", "vectors")
 CLIENTS = (4, 8, 16, 32)
 ROUNDS = 4
@@ -202,7 +206,9 @@ class Bench:
         index = "current" if current else self.index
         asked = [f"data={self.data}", f"workspace={self.workspace}", f"serve.layout={layout}", f"serve.index={index}"]
         with LocalCluster(self.workspace / "logs") as cluster:
-            report = cluster.submit("serve", ["--config", str(CONFIG), *asked, *ports, *self.overrides])
+            report = cluster.submit(
+                "serve", ["--config", str(CONFIG), *asked, *ports, *LAYOUTS[layout], *self.overrides]
+            )
             service = Service(report["url"], cluster.mark)
             closed_loop(service.search, self.photos, 8, max(2, self.seconds / 2))
             yield service
@@ -559,7 +565,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--workspace", type=Path, default=Path("workspace/serving"), help="keeps what was made")
     parser.add_argument("--only", type=some_of(PARTS), default=PARTS, metavar="PART,PART", help="default: all")
-    parser.add_argument("--layouts", type=some_of(LAYOUTS), default=LAYOUTS, metavar=",".join(LAYOUTS))
+    parser.add_argument("--layouts", type=some_of(tuple(LAYOUTS)), default=[*LAYOUTS], metavar=",".join(LAYOUTS))
     parser.add_argument("--galleries", type=some_of(GALLERIES), default=GALLERIES, metavar=",".join(GALLERIES))
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--seconds", type=float, default=10, help="of one measurement")
@@ -568,6 +574,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as serve.max_batch=16")
     arguments = parser.parse_intermixed_args()
     parts = set(arguments.only)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # as cluster/kuberay/service.yaml has it
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave the contexts, and with them end what was started
     data, workspace = arguments.data.resolve(), arguments.workspace.resolve()
     workspace.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from mixer_platform.serve.api import create_api
 from mixer_platform.serve.engine import Engine
 from mixer_platform.serve.errors import ApiError
 from mixer_platform.serve.loading import calibrated, open_beside
-from mixer_platform.serve.parts import Deployed, QueryEncoder, ShardSearch
+from mixer_platform.serve.parts import Deployed, Part, QueryEncoder, ShardSearch
 from mixer_platform.serve.payload import BodyLimit
 from mixer_platform.serve.service import SearchService
 from mixer_platform.serve.swap import Swapper, check
@@ -40,8 +40,8 @@ def client(workspace: Any, request: pytest.FixtureRequest) -> Iterator[TestClien
     if request.param == "deployments":
         index, settings = engine.index, config.serve
 
-        def run(implementation: type, *arguments: Any) -> Any:
-            return serve.run(serve.deployment(implementation).bind(*arguments), _local_testing_mode=True)
+        def run(part: type, *arguments: Any) -> Any:
+            return serve.run(serve.deployment(Part).bind(part, 2, *arguments), _local_testing_mode=True)
 
         encoder = run(QueryEncoder, config.workspace, index.model, settings)
         shards = {

@@ -81,8 +81,9 @@ class FakeHandle:
         self.cancelled = 0
         self._answers = answers
 
-    def __getattr__(self, method: str) -> Any:
-        def remote(*arguments: Any, expires: float) -> Any:
+    @property
+    def ask(self) -> Any:
+        def remote(method: str, *arguments: Any, expires: float) -> Any:
             answer = self._answers[min(len(self.calls), len(self._answers) - 1)]
             self.calls.append(method)
             return _Response(self, lambda: answer(*arguments))

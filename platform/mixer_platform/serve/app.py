@@ -17,7 +17,7 @@ from mixer_platform.serve.errors import RETRY_AFTER_S
 from mixer_platform.serve.keys import key_ring
 from mixer_platform.serve.loading import are_beside, read_checked, wished
 from mixer_platform.serve.logs import LOGGING
-from mixer_platform.serve.parts import ENCODER, QueryEncoder, ShardSearch
+from mixer_platform.serve.parts import ENCODER, Part, QueryEncoder, ShardSearch
 from mixer_platform.serve.tracing import check_traces
 from mixer_platform.storage import open_storage
 
@@ -66,15 +66,17 @@ def backend(config: RunConfig, version: str) -> serve.Application:
     storage, settings = open_storage(config.workspace), config.serve
     manifest = read_checked(storage, config, version)
     ongoing = settings.concurrent_batches
-    encoder = _deployment(QueryEncoder, ENCODER, settings.encoder, ongoing)
+    encoder = _deployment(Part, ENCODER, settings.encoder, ongoing).bind(
+        QueryEncoder, ongoing, storage.uri, manifest.model, settings
+    )
     shards = [
-        _deployment(ShardSearch, entry.name, settings.shard, 4 * ongoing).bind(
-            storage.uri, entry, manifest.search, settings
+        _deployment(Part, entry.name, settings.shard, 4 * ongoing).bind(
+            ShardSearch, 4 * ongoing, storage.uri, entry, manifest.search, settings
         )
         for entry in manifest.shards
     ]
     root = serve.deployment(name="Backend", ray_actor_options={"num_cpus": 0})(Backend)
-    return root.bind(encoder.bind(storage.uri, manifest.model, settings), *shards)
+    return root.bind(encoder, *shards)
 
 
 def _deployment(implementation: type, name: str, replicas: ReplicasConfig, ongoing: int) -> serve.Deployment:

@@ -12,6 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ApplicationStatusOverview
 
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import MixerError
@@ -22,11 +23,13 @@ from mixer_platform.serve.errors import ApiError
 from mixer_platform.serve.keys import key_ring
 from mixer_platform.serve.loading import backend_name, calibrated, open_beside, open_deployed, wished
 from mixer_platform.serve.logs import join_serve_log
+from mixer_platform.serve.parts import ENCODER
 from mixer_platform.serve.service import SearchService
 from mixer_platform.serve.swap import Swapper, check
 from mixer_platform.serve.tracing import trace_replica
 
 HOLD_S = 1.0
+STATUS_S = 10.0  # Serve takes a tenth of a second of a core to say how all is
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +43,7 @@ class Ingress:
         join_serve_log()
         trace_replica(config.serve)
         self._config, self._beside, self._ring = config, beside, key_ring(config.serve, os.environ)
-        self._canary = Canary(config)
+        self._canary, self._encoders = Canary(config), 1
         engine = await self._first(version)
         self._swapper = Swapper(engine, wished(config), self._load, calibrated(config), self._canary)
         self._service = SearchService(self._swapper, config.serve)
@@ -69,13 +72,13 @@ class Ingress:
     async def _load(self, version: str) -> Engine:
         if self._beside:
             return await asyncio.to_thread(open_beside, self._config, version)
-        return await open_deployed(self._config, version)
+        return await open_deployed(self._config, version, lambda: self._encoders)
 
     async def _hold(self, backends: DeploymentHandle) -> None:
-        """Say again and again which version is asked here, so that it stays."""
+        """Say again and again which version is asked here, so that it stays; hear how many encoders it has."""
         while True:
             with suppress(Exception):  # whatever it is: what is asked must not be taken down for want of a word
-                await backends.hold.remote(self._swapper.engine.index.version)
+                self._encoders = await backends.hold.remote(self._swapper.engine.index.version)
             await asyncio.sleep(HOLD_S)
 
 
@@ -88,11 +91,14 @@ class Backends:
         self._config = config
         self._wished = wished(config) if config.serve.follow_s else lambda: version
         self._held: dict[str, float] = {}  # when a version was last wished or asked
+        self._encoders: dict[str, int] = {}
+        self._settled, self._looked = "", 0.0  # the version that alone was there, when last looked
         self._task = asyncio.get_running_loop().create_task(self._follow())
 
-    async def hold(self, version: str) -> None:
-        """Let the deployments of a version stay for another while."""
+    async def hold(self, version: str) -> int:
+        """Let the deployments of a version stay for another while; return how many encoders it has."""
         self._held[version] = time.monotonic()
+        return self._encoders.get(version, 1)
 
     async def _follow(self) -> None:
         while True:
@@ -108,7 +114,11 @@ class Backends:
 
         version = self._wished()
         name, now = backend_name(version), time.monotonic()
+        if version == self._settled and now - self._looked < STATUS_S:
+            return
         running = serve.status().applications
+        self._looked, self._settled = now, ""
+        self._encoders = {each.removeprefix(backend_name("")): encoders(one) for each, one in running.items()}
         if name in running and running[name].status == "DEPLOY_FAILED":
             if now - self._held.get(version, 0) > self._config.serve.retire_s:  # time to read why, and to mend it
                 serve.delete(name, _blocking=False)  # the next look brings it up anew
@@ -120,10 +130,19 @@ class Backends:
                 wait_for_applications_running=False,
             )
         self._held[version] = now
-        for old in [each for each in running if each.startswith(backend_name("")) and each != name]:
+        others = [each for each in running if each.startswith(backend_name("")) and each != name]
+        if name in running and running[name].status == "RUNNING" and not others:
+            self._settled = version
+        for old in others:
             held = self._held.setdefault(old.removeprefix(backend_name("")), now)
             if now - held > self._config.serve.retire_s:
                 serve.delete(old, _blocking=False)
+
+
+def encoders(application: ApplicationStatusOverview) -> int:
+    """Return how many replicas of the encoder an application has."""
+    deployment = application.deployments.get(ENCODER)
+    return deployment.replica_states.get("RUNNING", 0) if deployment else 0
 
 
 class Backend:

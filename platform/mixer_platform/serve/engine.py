@@ -95,13 +95,9 @@ class Engine:
         """How many batches may be in work at a time."""
         return self._parts.batches
 
-    async def refresh(self) -> None:
-        """Look how many `batches` there may be now."""
-        await self._parts.refresh()
-
     async def describe(self, expires: float) -> None:
         """Learn the index's attributes from its shards. Raises ApiError."""
-        described, lost = await self._ask("describe", expires=expires)
+        described, lost = await self._parts.run(self._ask, "describe", expires)
         if lost:
             raise next(iter(lost.values()))
         self.schema = merged_schema([schema for schema, _ in described])
@@ -109,6 +105,9 @@ class Engine:
 
     async def answer(self, queries: list[Query]) -> list[Ranking | ApiError]:
         """Return each query's ranking, or why its photo cannot be used. Raises ApiError where no part answers."""
+        return await self._parts.run(self._answer, queries)
+
+    async def _answer(self, queries: list[Query]) -> list[Ranking | ApiError]:
         begun, began = time.time(), perf_counter()
         expires = max(query.expires for query in queries)
         vectors, errors = await self._vectors(queries, expires)
@@ -123,7 +122,7 @@ class Engine:
         for (where, k), places in asked.items():
             started = perf_counter()
             stacked = np.stack([vectors[place] for place in places])
-            nearest, lost = await self._ask("search", stacked, k, where, expires=expires)
+            nearest, lost = await self._ask("search", expires, stacked, k, where)
             scores, ids, rows = merge(nearest, k)
             row_ids = rows["id"].to_numpy()
             order = np.argsort(row_ids)
@@ -148,16 +147,16 @@ class Engine:
 
     async def vector(self, item_id: str, expires: float) -> np.ndarray | None:
         """Return the embedding of an item, float32 [dim], or None if no shard holds it. Raises ApiError."""
-        return await self._first("vector", item_id, expires=expires)
+        return await self._parts.run(self._first, "vector", item_id, expires)
 
     async def item(self, item_id: str, expires: float) -> dict[str, Any] | None:
         """Return the display columns of an item, or None if no shard holds it. Raises ApiError."""
-        return await self._first("item", item_id, expires=expires)
+        return await self._parts.run(self._first, "item", item_id, expires)
 
     async def vectors_of(self, ids: np.ndarray, expires: float) -> np.ndarray:
         """Return the embeddings of ids, float32 [n, dim]; zeros where its shard is lost."""
         vectors = np.zeros((len(ids), self.index.dim), np.float32)
-        answers, _ = await self._ask("vectors", ids, expires=expires)
+        answers, _ = await self._parts.run(self._ask, "vectors", expires, ids)
         for held, found in answers:
             vectors[held] = found
         return vectors
@@ -186,7 +185,7 @@ class Engine:
                 vectors.append(np.empty(0, np.float32) if reason else next(encoded))
         return vectors, errors
 
-    async def _ask(self, method: str, *arguments: Any, expires: float) -> tuple[list[Any], dict[str, ApiError]]:
+    async def _ask(self, method: str, expires: float, *arguments: Any) -> tuple[list[Any], dict[str, ApiError]]:
         """Return what those shards say that answer, and why the others do not. Raises ApiError."""
         if self._degrade:  # leave time to answer without those that hang
             expires = (time.time() + expires) / 2
@@ -203,7 +202,7 @@ class Engine:
 
     async def _first(self, method: str, item_id: str, expires: float) -> Any:
         """Return what the one shard says that knows the item, None if none does."""
-        answers, lost = await self._ask(method, item_id, expires=expires)
+        answers, lost = await self._ask(method, expires, item_id)
         known = next((answer for answer in answers if answer is not None), None)
         if known is None and lost:
             raise unavailable(f"{' and '.join(lost)} cannot be asked just now; try again")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from mixer.calibration import Calibration
 from mixer.embedder import QUERY_GRAPH, SETTINGS
@@ -58,8 +59,11 @@ def open_beside(config: RunConfig, version: str) -> Engine:
     return _engine(storage, config, manifest, Beside(encoder, shards, config.serve.concurrent_batches))
 
 
-async def open_deployed(config: RunConfig, version: str) -> Engine:
-    """Wait until an index version's deployments run, and ask them from now on. Raises MixerError."""
+async def open_deployed(config: RunConfig, version: str, encoders: Callable[[], int]) -> Engine:
+    """Wait until an index version's deployments run, and ask them from now on. Raises MixerError.
+
+    `encoders` says how many encoders there are.
+    """
     storage = open_storage(config.workspace)
     manifest = await asyncio.to_thread(read_checked, storage, config, version)
     name = backend_name(version)
@@ -72,16 +76,16 @@ async def open_deployed(config: RunConfig, version: str) -> Engine:
                     raise MixerError(f"index {version} is not wished any more")
     except TimeoutError:
         raise MixerError(f"{name} did not start within {START_TIMEOUT_S:g} s; see `serve status`") from None
-    encoder = serve.get_deployment_handle(ENCODER, name)
-    shards = {entry.name: serve.get_deployment_handle(entry.name, name) for entry in manifest.shards}
-    parts = Deployed(encoder, shards, config.serve.concurrent_batches, lambda: running_encoders(name))
+    shards = {entry.name: handle(entry.name, name) for entry in manifest.shards}
+    parts = Deployed(handle(ENCODER, name), shards, config.serve.concurrent_batches, encoders)
     return _engine(storage, config, manifest, parts)
 
 
-def running_encoders(name: str) -> int:
-    """Return how many replicas of the encoder an application has."""
-    application = serve.status().applications.get(name)
-    return application.deployments[ENCODER].replica_states.get("RUNNING", 0) if application else 0
+def handle(deployment: str, application: str) -> DeploymentHandle:
+    """Return a handle for bytes and arrays, which need none of what cloudpickle adds to pickle and takes time for."""
+    return serve.get_deployment_handle(deployment, application).options(
+        request_serialization="pickle", response_serialization="pickle"
+    )
 
 
 def is_running(name: str) -> bool:

@@ -8,10 +8,12 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import faiss
 import numpy as np
@@ -35,6 +37,8 @@ MODELS = "models"
 ENCODER = "QueryEncoder"
 ATTEMPTS = 3  # of a call whose replica died: another one answers
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 
@@ -48,15 +52,28 @@ class Found(NamedTuple):
     ids: np.ndarray
     rows: pa.Table
 
+    def __reduce__(self) -> tuple[Callable[..., Found], tuple[np.ndarray, np.ndarray, pa.Buffer]]:
+        # Ray takes tables apart in Python, buffer by buffer: for few rows that takes longer than the search.
+        with pa.BufferOutputStream() as sink, pa.ipc.new_stream(sink, self.rows.schema) as stream:
+            stream.write_table(self.rows)
+        return _received, (self.scores, self.ids, sink.getvalue())
+
+
+def _received(scores: np.ndarray, ids: np.ndarray, rows: pa.Buffer) -> Found:
+    return Found(scores, ids, pa.ipc.open_stream(rows).read_all())
+
 
 class Parts(Protocol):
     """The encoder and the shards of an index version, wherever they run."""
 
     names: list[str]  # of the shards
-    batches: int  # that may be in work at a time
 
-    async def refresh(self) -> None:
-        """Look how many `batches` there may be now."""
+    @property
+    def batches(self) -> int:
+        """How many may be in work at a time."""
+
+    async def run(self, work: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> T:
+        """Do work that asks these parts, in the place for it: `encode` and `ask` are called from nowhere else."""
 
     async def encode(self, photos: Sequence[bytes], expires: float) -> tuple[np.ndarray, list[str | None]]:
         """Do as `QueryEncoder.encode`. Raises ApiError."""
@@ -78,7 +95,6 @@ class QueryEncoder:
         # Batches at a time share the cores among them; one alone has them all. Each has a session of its own.
         self._alone = QueryEmbedder(folder, config.encoder_threads)
         self._beside_others = QueryEmbedder(folder, max(1, config.encoder_threads // config.concurrent_batches))
-        self._preprocess, self._dim = self._alone.preprocess, self._alone.dim
         self._running, self._lock = 0, threading.Lock()
 
     def encode(self, photos: Sequence[bytes], expires: float) -> tuple[np.ndarray, list[str | None]]:
@@ -88,11 +104,15 @@ class QueryEncoder:
         """
         if time.time() > expires:
             raise late()
+        with self._session() as embedder:
+            return self._encode(photos, embedder)
+
+    def _encode(self, photos: Sequence[bytes], embedder: QueryEmbedder) -> tuple[np.ndarray, list[str | None]]:
         pixels: list[np.ndarray] = []
         reasons: list[str | None] = []
         for photo in photos:
             try:
-                pixels.append(self._preprocess(decode(photo)))
+                pixels.append(embedder.preprocess(decode(photo)))
                 reasons.append(None)
             except UnreadableImage as error:
                 reasons.append(str(error))
@@ -100,15 +120,16 @@ class QueryEncoder:
                 log.exception("a photo of %d bytes cannot be decoded", len(photo))
                 reasons.append("it cannot be decoded")
         if not pixels:
-            return np.empty((0, self._dim), np.float32), reasons
-        return self._embed(np.stack(pixels)), reasons
+            return np.empty((0, embedder.dim), np.float32), reasons
+        return embedder(np.stack(pixels)), reasons
 
-    def _embed(self, pixels: np.ndarray) -> np.ndarray:
+    @contextmanager
+    def _session(self) -> Iterator[QueryEmbedder]:
         with self._lock:
             embedder = self._beside_others if self._running else self._alone
             self._running += 1
         try:
-            return embedder(pixels)
+            yield embedder
         finally:
             with self._lock:
                 self._running -= 1
@@ -165,31 +186,43 @@ class ShardSearch:
 
 
 class Beside:
-    """Parts in this process; a call to all of the shards is one hop to a thread."""
+    """Parts in this process; all that a batch asks them is one hop to a thread."""
 
     def __init__(self, encoder: QueryEncoder, shards: Mapping[str, ShardSearch], threads: int) -> None:
-        """`threads`: how many calls are in work at a time; it bounds how many large pictures are in memory at once."""
-        self.names, self.batches = list(shards), threads
+        """`threads`: how many batches are in work at a time, and so how many large pictures are in memory."""
+        self.names, self._threads = list(shards), threads
         self._encoder, self._shards = encoder, list(shards.values())
-        self._workers = ThreadPoolExecutor(threads, thread_name_prefix="parts")
+        self._workers = ThreadPoolExecutor(threads + 1, thread_name_prefix="parts")  # one looks items up meanwhile
+
+    @property
+    def batches(self) -> int:
+        return self._threads
+
+    async def run(self, work: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, lambda: _to_the_end(work(*arguments)))
 
     async def encode(self, photos: Sequence[bytes], expires: float) -> tuple[np.ndarray, list[str | None]]:
-        return await self._run(self._encoder.encode, photos, expires)
+        return self._encoder.encode(photos, expires)
 
     async def ask(self, method: str, *arguments: Any, expires: float) -> list[Any]:
-        def ask_all() -> list[Any]:
-            return [getattr(shard, method)(*arguments, expires=expires) for shard in self._shards]
-
-        return await self._run(ask_all)
+        return [getattr(shard, method)(*arguments, expires=expires) for shard in self._shards]
 
     async def unready(self, expires: float) -> list[str]:
         return []
 
-    async def refresh(self) -> None:
-        pass
 
-    async def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+class Part:
+    """An encoder or a shard as a deployment, in threads of its own: Serve would start and end one for each call."""
+
+    def __init__(self, part: type, threads: int, *arguments: Any) -> None:
+        """Make the `part` of these arguments. Raises what it raises."""
+        self._part = part(*arguments)
+        self._workers = ThreadPoolExecutor(threads, thread_name_prefix="part")
+
+    async def ask(self, method: str, *arguments: Any, expires: float) -> Any:
+        """Return what the part's method says."""
+        asked = partial(getattr(self._part, method), *arguments, expires=expires)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, asked)
 
 
 class Deployed:
@@ -202,13 +235,17 @@ class Deployed:
         batches: int = 1,
         encoders: Callable[[], int] = lambda: 1,
     ) -> None:
-        """`batches`: how many an encoder has in work at a time; `encoders` says how many there are, and may block."""
-        self.names, self.batches = list(shards), batches
+        """`batches`: how many an encoder has in work at a time; `encoders` says how many there are."""
+        self.names = list(shards)
         self._encoder, self._shards, self._batches, self._encoders = encoder, shards, batches, encoders
 
-    async def refresh(self) -> None:
+    @property
+    def batches(self) -> int:
         # As many as the encoders take: more would wait in front of them in small batches, not here in large ones.
-        self.batches = self._batches * max(1, await asyncio.to_thread(self._encoders))
+        return self._batches * max(1, self._encoders())
+
+    async def run(self, work: Callable[..., Coroutine[Any, Any, T]], *arguments: Any) -> T:
+        return await work(*arguments)
 
     async def encode(self, photos: Sequence[bytes], expires: float) -> tuple[np.ndarray, list[str | None]]:
         return await _call(ENCODER, self._encoder, "encode", photos, expires=expires)
@@ -229,10 +266,19 @@ class Deployed:
         return [name for name, answer in zip(parts, answers, strict=True) if answer is not True]
 
 
+def _to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine that waits for nothing, and so needs no event loop."""
+    try:
+        work.send(None)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError("it waits, in a thread in which nothing would wake it")
+
+
 async def _call(name: str, handle: DeploymentHandle, method: str, *arguments: Any, expires: float) -> Any:
     """Call a deployment, again where a replica dies. Raises ApiError: every way to be away becomes a 503."""
     for attempt in range(1, ATTEMPTS + 1):
-        response = getattr(handle, method).remote(*arguments, expires=expires)
+        response = handle.ask.remote(method, *arguments, expires=expires)
         try:
             async with asyncio.timeout(expires - time.time()):
                 return await response

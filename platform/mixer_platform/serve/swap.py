@@ -85,7 +85,6 @@ class Swapper:
         try:
             # A model is evaluated once it is served: what its scores are worth comes later, and may be told anew.
             self.engine.calibration = await asyncio.to_thread(self._calibrated, self.engine.index.model)
-            await self.engine.refresh()
         except Exception as error:
             log.warning("index %s: %s", self.engine.index.version, error)
 
