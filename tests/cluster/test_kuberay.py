@@ -18,7 +18,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from mixer_platform.config import load_config
 from mixer_platform.errors import ConfigError
-from mixer_platform.serve.keys import find_key, key_ring, make_key
+from mixer_platform.serve.keys import key_ring
 
 ROOT = Path(__file__).parents[2]
 CRDS = ROOT.parent / "shared" / "schemas" / "kuberay"
@@ -157,11 +157,13 @@ def test_pods_run_the_image_for_their_hardware_and_reach_the_storage(name: str) 
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         container = container_of(group)
         assert container["image"].endswith("/mixer:gpu" if group.get("groupName") == "gpu" else "/mixer:cpu")
-        storage, *others = container["envFrom"]
-        assert storage == {"secretRef": {"name": "mixer-storage", "optional": True}}
+        assert container["envFrom"] == [{"secretRef": {"name": "mixer-storage", "optional": True}}]
         # Any node may read the keys as the service starts; without the secret its pods do not.
-        keys = [{"secretRef": {"name": "mixer-keys"}}] if MANIFESTS[name]["kind"] == "RayService" else []
-        assert others == keys
+        serves = MANIFESTS[name]["kind"] == "RayService"
+        mounted = [{"name": "keys", "mountPath": "/etc/mixer", "readOnly": True}]
+        assert container.get("volumeMounts", []) == mounted * serves
+        volumes = group["template"]["spec"].get("volumes", [])
+        assert volumes == [{"name": "keys", "secret": {"secretName": "mixer-keys"}}] * serves
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert "replicas" not in group  # the autoscaler's to set: a second `kubectl apply` would undo it
 
@@ -228,14 +230,12 @@ def test_the_service_builds_this_project_from_a_configuration_that_loads() -> No
 
 def test_the_service_asks_for_keys_that_its_secret_holds() -> None:
     (app,) = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])["applications"]
-    config = load_config(ROOT / app["args"]["config"]).serve
-    key, entry = make_key("shop")
-    ring = key_ring(config, {"MIXER_API_KEYS": yaml.safe_dump([entry.model_dump()])})
-    assert ring is not None
-    assert find_key(ring, key) == entry
+    path = Path(app["args"]["serve.keys_file"])
     with pytest.raises(ConfigError, match="no API keys"):
-        key_ring(config, {})
-    assert "--from-file=MIXER_API_KEYS=keys.yaml" in (ROOT / "cluster/README.md").read_text()
+        key_ring(load_config(ROOT / app["args"]["config"]).serve, {})
+    told = (ROOT / "cluster/README.md").read_text()
+    assert f"kubectl create secret generic mixer-keys --from-file={path.name}" in told  # so is the file called there
+    assert str(path.parent) == "/etc/mixer"  # where it is mounted
 
 
 def test_names_leave_room_for_each_other() -> None:

@@ -212,6 +212,7 @@ def test_what_is_not_as_published_is_refused_by_name(tmp_path: Path) -> None:
         ("Nonsense", r"^FAISS refuses 'Nonsense': "),
         ("PQ4x8", r"^FAISS refuses 'PQ4x8': .*search params"),
         ("IVF4096,Flat", r"^FAISS refuses 'IVF4096,Flat': .*Number of training points \(300\) should be at least"),
+        ("IVF4,PQ4x4fs", r"^FAISS refuses 'IVF4,PQ4x4fs': its rows cannot be read back; append ,RFlat$"),
     ],
 )
 def test_a_kind_that_faiss_refuses_is_one_clear_error(factory: str, message: str) -> None:

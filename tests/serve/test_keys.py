@@ -22,7 +22,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from mixer_platform.config import ServeConfig, load_config
 from mixer_platform.errors import ConfigError
-from mixer_platform.serve.keys import ApiKey, Authenticate, Bucket, add_guards, find_key, key_ring, make_key
+from mixer_platform.serve.errors import ApiError
+from mixer_platform.serve.keys import ApiKey, Authenticate, Bucket, Keys, add_guards, find_key, key_ring, make_key
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,10 +53,8 @@ def client_of(*ring: ApiKey, clock: Any = None, root_path: str = "") -> TestClie
         WebSocketRoute("/v1/talk", talk),
     ]
     api = Starlette(routes=routes)
-    if clock:
-        api.add_middleware(Authenticate, ring=ring, clock=clock)
-    else:
-        add_guards(api, ring, ["https://shop.example"])
+    keys = Keys(ring, clock) if clock else Keys(ring)
+    add_guards(api, keys, ["https://shop.example"])
     return TestClient(Starlette(routes=[Mount(root_path, api)]) if root_path else api)
 
 
@@ -268,7 +267,7 @@ def test_a_refused_body_is_not_read_and_nothing_behind_is_called() -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/search", "headers": []}
-    asyncio.run(Authenticate(never, (make_key("shop")[1],))(scope, never, send))
+    asyncio.run(Authenticate(never, Keys((make_key("shop")[1],)))(scope, never, send))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
     assert sent[0]["status"] == 401
 
@@ -312,7 +311,7 @@ def test_without_a_ring_nobody_is_asked_for_a_key() -> None:
 
 def test_an_empty_ring_lets_nobody_in() -> None:
     api = Starlette(routes=[Route("/v1/search", told)])
-    add_guards(api, (), [])
+    add_guards(api, Keys(()), [])
     assert TestClient(api).get("/v1/search").status_code == 401
 
 
@@ -347,6 +346,61 @@ def test_each_key_has_its_own_rate_and_is_told_when_to_come_back() -> None:
     assert client.get("/healthz", headers=bearer(slow)).status_code == 200
     clock.now += 4
     assert [client.get("/v1/search", headers=bearer(slow)).status_code for _ in range(2)] == [200, 429]
+
+
+# --- another file
+
+
+def test_a_key_is_added_and_revoked_while_others_ask_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (lasting, first), (leaked, second), (new, third) = (
+        make_key("a", requests_per_second=0.1, burst=3),
+        *(make_key(name) for name in ("b", "c")),
+    )
+    path = tmp_path / "keys.yaml"
+
+    def write(text: str) -> None:
+        staged = tmp_path / "staged"
+        staged.write_text(text)
+        staged.rename(path)
+
+    def may(keys: Keys, key: str) -> bool:
+        try:
+            return bool(keys.admit(key))
+        except ApiError:
+            return False
+
+    async def until(condition: Any) -> None:
+        async with asyncio.timeout(20):
+            while not condition():
+                await asyncio.sleep(0.01)
+
+    async def change() -> None:
+        write(as_yaml(first, second))
+        keys = Keys((first, second), Clock())
+        assert (may(keys, lasting), may(keys, leaked), may(keys, new)) == (True, True, False)
+        following = asyncio.create_task(keys.follow(str(path), 0.01))
+        write(as_yaml(first, third))
+        await until(lambda: third in keys.ring)
+        assert (may(keys, leaked), may(keys, new)) == (False, True)
+        assert [may(keys, lasting) for _ in range(3)] == [True, True, False]  # of three, one was asked before
+        for broken, said in (("[", "not YAML"), ("[]", "the whole: "), ("- name: x", "sha256")):
+            caplog.clear()
+            write(broken)
+            await until(lambda said=said: said in caplog.text)
+            assert may(keys, new)
+        path.unlink()
+        await until(lambda: "No such file" in caplog.text)
+        write(as_yaml(second))
+        await until(lambda: keys.ring == (second,))
+        assert (may(keys, leaked), may(keys, new)) == (True, False)
+        following.cancel()
+
+    asyncio.run(change())
+    assert caplog.text.count("No such file") == 1
+
+
+def as_yaml(*entries: ApiKey) -> str:
+    return yaml.safe_dump([entry.model_dump(exclude_none=True) for entry in entries])
 
 
 # --- the command

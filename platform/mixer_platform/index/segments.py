@@ -37,10 +37,15 @@ def trained_template(factory: str, dim: int, sample: np.ndarray) -> np.ndarray:
 
 
 def new_index(factory: str, dim: int) -> faiss.IndexIDMap:
-    """Return an untrained index over ids. Rows below the ids keep their order, and can be read back."""
+    """Return an untrained index over ids. Rows below the ids keep their order, and can be read back.
+
+    Raises RuntimeError, as FAISS does, for a factory string of which that cannot be had.
+    """
     index = faiss.index_factory(dim, f"IDMap,{factory}", faiss.METRIC_INNER_PRODUCT)
     inner = faiss.downcast_index(index.index)
     if not isinstance(inner, faiss.IndexRefine) and (ivf := faiss.try_extract_index_ivf(inner)):
+        if isinstance(faiss.downcast_index(ivf), faiss.IndexIVFPQFastScan):  # FAISS would crash
+            raise RuntimeError("its rows cannot be read back; append ,RFlat")
         ivf.set_direct_map_type(faiss.DirectMap.Array)  # what refines knows its rows by itself
     return index
 

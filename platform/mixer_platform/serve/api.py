@@ -22,7 +22,7 @@ from mixer_platform.serve.canary import Canary
 from mixer_platform.serve.engine import Engine, Ranking
 from mixer_platform.serve.errors import ApiError, error_reply, error_response, invalid, sentence, unavailable
 from mixer_platform.serve.fetch import Fetcher
-from mixer_platform.serve.keys import KeyRing, add_guards
+from mixer_platform.serve.keys import KeyRing, Keys, add_guards
 from mixer_platform.serve.metrics import Metrics, Searched
 from mixer_platform.serve.page import add_page
 from mixer_platform.serve.payload import (
@@ -75,6 +75,7 @@ def create_api(
     config, metrics = run.serve, Metrics()
     service.batcher.observe, service.swapper.observe = metrics.batch, metrics.swap
     fetcher, root = Fetcher(config), open_storage(run.data).uri
+    keys = None if ring is None else Keys(ring)
     painters = ThreadPoolExecutor(PAINTERS, "pictures")  # few: catalogue pictures may be large
 
     @asynccontextmanager
@@ -82,6 +83,8 @@ def create_api(
         tasks = [asyncio.create_task(metrics.follow(service))]
         if config.follow_s:
             tasks.append(asyncio.create_task(service.swapper.follow(config.follow_s)))
+        if keys and config.keys_file and config.follow_s:
+            tasks.append(asyncio.create_task(keys.follow(config.keys_file, config.follow_s)))
         if canary and config.canary_s:
             tasks.append(asyncio.create_task(canary.follow(service, config.canary_s, metrics.canary)))
         yield
@@ -211,7 +214,7 @@ def create_api(
         return Status()
 
     add_page(api)
-    add_guards(api, ring, config.cors_origins)
+    add_guards(api, keys, config.cors_origins)
     api.add_middleware(Watch, metrics=metrics, log_share=config.log_share)
     return api
 

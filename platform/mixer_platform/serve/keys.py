@@ -7,9 +7,11 @@ theirs is slow on purpose; a key has 256 random bits, and every request pays for
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import hmac
 import ipaddress
+import logging
 import math
 import secrets
 import sys
@@ -33,6 +35,8 @@ ENVIRONMENT = "MIXER_API_KEYS"
 PREFIX = "mixer_"  # so that a key that leaked into a repository is found there
 OPEN_PATHS = frozenset(("/", "/healthz", "/readyz"))
 OPEN_FOLDER = "/page/"
+
+log = logging.getLogger(__name__)
 
 
 class ApiKey(BaseModel):
@@ -60,12 +64,7 @@ def key_ring(config: ServeConfig, environ: Mapping[str, str]) -> KeyRing | None:
             )
         return None
     if config.keys_file:
-        try:
-            return _parse(Path(config.keys_file).read_text(), config.keys_file)
-        except OSError as error:
-            raise ConfigError(f"serve.keys_file: {config.keys_file}: {error.strerror}; name a readable file") from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{config.keys_file}: not text; it should hold a list of API keys") from error
+        return _parse(_read(config.keys_file), config.keys_file)
     if environ.get(ENVIRONMENT, "").strip():
         return _parse(environ[ENVIRONMENT], ENVIRONMENT)
     raise ConfigError(
@@ -108,56 +107,88 @@ class Bucket:
         return (1 - self._tokens) / self._rate
 
 
-class Authenticate:
-    """ASGI middleware: 401 without a key of the ring, 429 above its rate; probes and the page itself need none.
+class Keys:
+    """The keys that may ask now, and how much each still may.
 
     Rates are counted in each replica by itself: all of n replicas together let n times as much through.
-    The name of the key is left in the request's state, as `client`.
     """
 
-    def __init__(self, app: ASGIApp, ring: KeyRing, clock: Callable[[], float] = time.monotonic) -> None:
-        self.app, self._ring, self._clock = app, ring, clock
+    def __init__(self, ring: KeyRing, clock: Callable[[], float] = time.monotonic) -> None:
+        self.ring: KeyRing = ()
+        self._buckets: dict[ApiKey, Bucket] = {}
+        self._clock = clock
+        self.replace(ring)
+
+    def replace(self, ring: KeyRing) -> None:
+        """Let these keys ask and no others. What an entry that stays has asked already, counts on."""
         self._buckets = {
-            entry.name: Bucket(entry.requests_per_second, entry.burst, clock())
+            entry: self._buckets.get(entry) or Bucket(entry.requests_per_second, entry.burst, self._clock())
             for entry in ring
             if entry.requests_per_second is not None
         }
+        self.ring = ring
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or _is_open(scope):
-            return await self.app(scope, receive, send)
-        headers = Headers(scope=scope)
-        try:
-            scope.setdefault("state", {})["client"] = self._admit(headers)
-        except ApiError as error:
-            # Sent and not raised: what a middleware raises is a failure of the server.
-            return await error_response(error, headers)(scope, receive, send)
-        return await self.app(scope, receive, send)
-
-    def _admit(self, headers: Headers) -> str:
-        presented = _presented(headers)
+    def admit(self, presented: str | None) -> str:
+        """Return whose key it is. Raises ApiError: 401 for none, or one that is not known, 429 above its rate."""
         if presented is None:
             message = "an API key is needed; send it as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
             raise ApiError(401, "unauthorized", message, {"WWW-Authenticate": 'Bearer realm="mixer"'})
-        entry = find_key(self._ring, presented)
+        entry = find_key(self.ring, presented)
         if entry is None:
             challenge = {"WWW-Authenticate": 'Bearer realm="mixer", error="invalid_token"'}
             raise ApiError(401, "unauthorized", "the API key is not known here; ask for a new one", challenge)
-        bucket = self._buckets.get(entry.name)
+        bucket = self._buckets.get(entry)
         wait_s = bucket.take(self._clock()) if bucket else 0
         if wait_s:
             message = f"{entry.name} asks more than {entry.requests_per_second:g} times a second; ask less often"
             raise ApiError(429, "rate_limited", message, {"Retry-After": str(math.ceil(wait_s))})
         return entry.name
 
+    async def follow(self, path: str, every_s: float) -> None:
+        """Look every `every_s` seconds, for ever, who the file names now. One that is wrong changes nothing."""
+        seen, said = "", ""
+        while True:
+            try:
+                text = await asyncio.to_thread(_read, path)
+                if text != seen:
+                    seen = text
+                    self.replace(_parse(text, path))
+                    log.info("%s: %d API keys may ask", path, len(self.ring))
+            except ConfigError as error:
+                if str(error) != said:
+                    log.warning("the API keys stay as they are: %s", error)
+                said = str(error)
+            await asyncio.sleep(every_s)
 
-def add_guards(api: Starlette, ring: KeyRing | None, cors_origins: Sequence[str]) -> None:
+
+class Authenticate:
+    """ASGI middleware: nobody without a key gets beyond it; probes and the page itself need none.
+
+    The name of the key is left in the request's state, as `client`.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Keys) -> None:
+        self.app, self._keys = app, keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan" or _is_open(scope):
+            return await self.app(scope, receive, send)
+        headers = Headers(scope=scope)
+        try:
+            scope.setdefault("state", {})["client"] = self._keys.admit(_presented(headers))
+        except ApiError as error:
+            # Sent and not raised: what a middleware raises is a failure of the server.
+            return await error_response(error, headers)(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+def add_guards(api: Starlette, keys: Keys | None, cors_origins: Sequence[str]) -> None:
     """Ask for keys, and let pages of these origins ask. Call it last: what is added last sees a request first.
 
     A browser asks whether it may (CORS) before it sends a key, and reads a refusal only if it carries CORS headers.
     """
-    if ring is not None:
-        api.add_middleware(Authenticate, ring=ring)
+    if keys is not None:
+        api.add_middleware(Authenticate, keys=keys)
     if cors_origins:
         api.add_middleware(
             CORSMiddleware,
@@ -181,6 +212,15 @@ def main() -> None:
         parser.error(_reason(error))
     print(yaml.safe_dump([entry.model_dump(exclude_none=True)], sort_keys=False), end="", flush=True)
     print(f"key of {entry.name}, told this once: {key}", file=sys.stderr)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError as error:
+        raise ConfigError(f"serve.keys_file: {path}: {error.strerror}; name a readable file") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not text; it should hold a list of API keys") from error
 
 
 def _hash(key: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 from collections.abc import Callable
 
@@ -24,6 +25,8 @@ APPLICATION = "mixer"
 START_TIMEOUT_S = 600.0
 LOOK_S = 0.2
 _FLOAT32 = 4
+
+log = logging.getLogger(__name__)
 
 
 def wished(config: RunConfig) -> Callable[[], str]:
@@ -141,6 +144,9 @@ def read_checked(storage: Storage, config: RunConfig, version: str) -> IndexMani
 
 
 def _engine(storage: Storage, config: RunConfig, manifest: IndexManifest, parts: Parts) -> Engine:
-
     calibration = read_calibration(storage, manifest.model)
+    if config.serve.min_probability and calibration is None:
+        log.warning(
+            "serve.min_probability hides nothing yet: model %s is not calibrated; run jobs/evaluate.py", manifest.model
+        )
     return Engine(manifest, parts, calibration, degrade=config.serve.lost_shard == "degrade")

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import faiss
@@ -24,14 +21,14 @@ from ray.serve.handle import DeploymentHandle
 
 from mixer.embedder import QUERY_GRAPH, SETTINGS, QueryEmbedder
 from mixer.images import UnreadableImage, decode
-from mixer_platform import gallery, versions
+from mixer_platform import gallery
 from mixer_platform.config import ServeConfig
 from mixer_platform.filters import Filter
 from mixer_platform.gallery import MISSING, Shard, ShardEntry
 from mixer_platform.item_ids import probes
+from mixer_platform.serve.copies import fetch
 from mixer_platform.serve.errors import ApiError, late, unavailable
 from mixer_platform.serve.tracing import trace_replica
-from mixer_platform.storage import LocalStorage, open_storage
 
 MODELS = "models"
 ENCODER = "QueryEncoder"
@@ -91,10 +88,12 @@ class QueryEncoder:
     def __init__(self, workspace: str, model: str, config: ServeConfig) -> None:
         """Load the model's query graph. Raises StorageError."""
         trace_replica(config)
-        folder = fetch(workspace, f"{MODELS}/{model}", (QUERY_GRAPH, SETTINGS))
+        self._copy = fetch(workspace, f"{MODELS}/{model}", (QUERY_GRAPH, SETTINGS))
         # Batches at a time share the cores among them; one alone has them all. Each has a session of its own.
-        self._alone = QueryEmbedder(folder, config.encoder_threads)
-        self._beside_others = QueryEmbedder(folder, max(1, config.encoder_threads // config.concurrent_batches))
+        self._alone = QueryEmbedder(self._copy.folder, config.encoder_threads)
+        self._beside_others = QueryEmbedder(
+            self._copy.folder, max(1, config.encoder_threads // config.concurrent_batches)
+        )
         self._running, self._lock = 0, threading.Lock()
 
     def encode(self, photos: Sequence[bytes], expires: float) -> tuple[np.ndarray, list[str | None]]:
@@ -145,9 +144,10 @@ class ShardSearch:
     def __init__(self, workspace: str, entry: ShardEntry, search: Mapping[str, int], config: ServeConfig) -> None:
         """Load the shard. Raises StorageError naming the file that is not as published."""
         trace_replica(config)
-        folders = {
+        self._copies = {
             part.version: fetch(workspace, f"{gallery.KIND}/{part.version}", part.files) for part in entry.segments
         }
+        folders = {version: copy.folder for version, copy in self._copies.items()}
         self._shard = Shard(folders, entry, search, mapped=config.mapped)
 
     def search(self, queries: np.ndarray, k: int, where: str | None, expires: float) -> Found:
@@ -292,21 +292,3 @@ async def _call(name: str, handle: DeploymentHandle, method: str, *arguments: An
         except (RayError, RayServeException) as error:
             log.warning("%s, attempt %d: %r", name, attempt, error)
     raise unavailable(f"{name} is not available just now; try again")
-
-
-def fetch(workspace: str, prefix: str, names: Iterable[str]) -> Path:
-    """Return a local folder with these files of a published version: its own folder, or a copy on this machine.
-
-    Replicas share the copy, and may make it at the same time. Raises StorageError.
-    """
-    storage = open_storage(workspace)
-    if isinstance(storage, LocalStorage):
-        return Path(storage.path(prefix))
-    cache = Path(tempfile.gettempdir()) / f"mixer-{os.getuid()}"
-    cache.mkdir(mode=0o700, exist_ok=True)
-    manifest = storage.tag(f"{prefix}/{versions.MANIFEST}")  # a workspace made anew may use a version's name again
-    folder = cache / versions.fingerprint(storage.uri, prefix, manifest)
-    for name in names:
-        if not (folder / name).exists():
-            storage.download(f"{prefix}/{name}", folder / name)
-    return folder

@@ -50,10 +50,11 @@ class SearchService:
         async with until_expired(expires):
             rankings = iter(await self.batcher(queries, expires) if queries else [])
             answers = [photo if isinstance(photo, ApiError) else next(rankings) for photo in photos]
-            return [
-                answer if isinstance(answer, ApiError) else await self._page(answer, options, expires)
-                for answer in answers
-            ]
+            pages = list[tuple[Page, Ranking] | ApiError]()
+            for answer in answers:
+                pages.append(answer if isinstance(answer, ApiError) else await self._page(answer, options, expires))
+                await asyncio.sleep(0)  # long pages of many photos let others in between
+            return pages
 
     async def similar(self, item_id: str, options: Options, expires: float) -> tuple[Page, Ranking]:
         """Return the page of the items nearest to an item, itself left out. Raises ApiError, 404 for no such item."""
