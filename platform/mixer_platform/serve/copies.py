@@ -7,9 +7,9 @@ import os
 import shutil
 import stat
 import tempfile
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
 
 from mixer_platform import versions
 from mixer_platform.errors import StorageError
@@ -21,9 +21,11 @@ LOCK = ".lock"
 class Copy:
     """A local folder with files of a published version; it stays as long as this object, in whatever process."""
 
-    def __init__(self, folder: Path, held: IO[str] | None = None) -> None:
-        """`held`: a file that is locked, and with that object is not any more."""
-        self.folder, self._held = folder, held
+    def __init__(self, folder: Path, lock: int | None = None) -> None:
+        """`lock`: a descriptor that is locked, and closed with this object."""
+        self.folder = folder
+        if lock is not None:
+            weakref.finalize(self, os.close, lock)
 
 
 def fetch(workspace: str, prefix: str, names: Iterable[str]) -> Copy:
@@ -37,13 +39,13 @@ def fetch(workspace: str, prefix: str, names: Iterable[str]) -> Copy:
     cache = _cache()
     manifest = storage.tag(f"{prefix}/{versions.MANIFEST}")  # a workspace made anew may use a version's name again
     folder = cache / versions.fingerprint(storage.uri, prefix, manifest)
-    held = _lock(folder, fcntl.LOCK_SH)
+    copy = Copy(folder, _lock(folder, fcntl.LOCK_SH))
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         _remove_unheld(cache)
     for name in missing:
         storage.download(f"{prefix}/{name}", folder / name)
-    return Copy(folder, held)
+    return copy
 
 
 def _cache() -> Path:
@@ -56,17 +58,22 @@ def _cache() -> Path:
     return cache
 
 
-def _lock(folder: Path, how: int) -> IO[str]:
-    """Lock a copy: it ends as the file that is returned is closed, or its process dies. Raises BlockingIOError."""
-    file = folder.with_name(folder.name + LOCK).open("a")
-    fcntl.flock(file, how)
-    return file
+def _lock(folder: Path, how: int) -> int:
+    """Lock a copy until the descriptor that is returned is closed, or its process dies. Raises BlockingIOError."""
+    lock = os.open(folder.with_name(folder.name + LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, how)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _remove_unheld(cache: Path) -> None:
     for folder in [each for each in cache.iterdir() if each.is_dir()]:
         try:
-            with _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                shutil.rmtree(folder, ignore_errors=True)
+            lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             continue
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
