@@ -25,7 +25,7 @@ ENVIRONMENT = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     # A search changes nothing, so a request whose replica died goes to another one. It must fit into a buffer for
     # that; larger ones are not tried again. HAProxy copies the whole buffer for each request, however little is in
-    # it: 1 MB costs 1.5 ms of every answer, this cannot be told from nothing.
+    # it: of one client's query it takes 1.3 ms of a core with 1 MB, 0.34 with this, and 0.28 with 64 kB.
     "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response response-timeout",
     "RAY_SERVE_HAPROXY_RETRIES": "3",
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "262144",
