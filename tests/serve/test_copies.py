@@ -103,6 +103,10 @@ def test_a_folder_that_others_may_write_to_is_not_used(bucket: S3Storage):
         fetch(bucket.uri, "models/a", ("query.onnx",))
     cache.rmdir()
     (elsewhere := cache.with_name("elsewhere")).mkdir(mode=0o700)
+    cache.write_text("")
+    with pytest.raises(StorageError, match="others may write there"):
+        fetch(bucket.uri, "models/a", ("query.onnx",))
+    cache.unlink()
     cache.symlink_to(elsewhere)
     with pytest.raises(StorageError, match="others may write there"):
         fetch(bucket.uri, "models/a", ("query.onnx",))

@@ -383,7 +383,12 @@ def test_a_key_is_added_and_revoked_while_others_ask_on(tmp_path: Path, caplog: 
         await until(lambda: third in keys.ring)
         assert (may(keys, leaked), may(keys, new)) == (False, True)
         assert [may(keys, lasting) for _ in range(3)] == [True, True, False]  # of three, one was asked before
-        for broken, said in (("[", "not YAML"), ("[]", "the whole: "), ("- name: x", "sha256")):
+        for broken, said in (
+            ("[", "not YAML"),
+            ("[]", "the whole: "),
+            ("- name: x", "sha256"),
+            ("[" * 5000, "recursion"),
+        ):
             caplog.clear()
             write(broken)
             await until(lambda said=said: said in caplog.text)

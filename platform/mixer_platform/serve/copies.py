@@ -9,6 +9,7 @@ import stat
 import tempfile
 import weakref
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from mixer_platform import versions
@@ -51,7 +52,8 @@ def fetch(workspace: str, prefix: str, names: Iterable[str]) -> Copy:
 def _cache() -> Path:
     """Return this user's folder of copies. Raises StorageError if somebody else could have put something there."""
     cache = Path(tempfile.gettempdir()) / f"mixer-{os.getuid()}"
-    cache.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError):
+        cache.mkdir(mode=0o700)
     found = cache.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise StorageError(f"{cache}: others may write there; remove it, or set TMPDIR to a folder of your own")

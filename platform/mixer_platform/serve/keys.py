@@ -154,7 +154,8 @@ class Keys:
                     seen = text
                     self.replace(_parse(text, path))
                     log.info("%s: %d API keys may ask", path, len(self.ring))
-            except ConfigError as error:
+                said = ""
+            except Exception as error:  # whatever it is: who follows must not stop
                 if str(error) != said:
                     log.warning("the API keys stay as they are: %s", error)
                 said = str(error)
