@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from mixer.targets import Targets
 from mixer.towers import Towers
 from mixer.training import Batch, FrozenTower
 from mixer_platform.config import TrainConfig
+from mixer_platform.loopback import free_ports
 from mixer_platform.storage import open_storage
 from mixer_platform.train.checkpoints import Checkpoints, name_of
 
@@ -130,18 +130,12 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every run of this file: with 2 processes, then 1, then 3."""
     folder = tmp_path_factory.mktemp("runs")
     for world in (2, 1, 3):
-        torch.multiprocessing.spawn(worker, (world, free_port(), str(folder)), nprocs=world)
+        torch.multiprocessing.spawn(worker, (world, free_ports(1)[0], str(folder)), nprocs=world)
     return folder
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from mixer_platform.errors import MixerError
-from mixer_platform.loopback import open_url
+from mixer_platform.loopback import free_ports, open_url
 from mixer_platform.serve.ingress import own_ports
 from mixer_platform.versions import commit
 
@@ -45,7 +44,9 @@ class LocalCluster:
     def __init__(self, logs: Path, programs: Path | None = None) -> None:
         self.logs = logs
         self.mark = secrets.token_hex(8)
-        self.dashboard = _free_port()
+        names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
+        self._ports = dict(zip(names, free_ports(len(names)), strict=True))
+        self.dashboard = self._ports["dashboard-port"]
         self._url = f"http://127.0.0.1:{self.dashboard}"
         self._environment = os.environ | {
             MARK: self.mark,
@@ -66,15 +67,9 @@ class LocalCluster:
         self.logs.mkdir(parents=True, exist_ok=True)
         # A short path: sockets below it must stay within 107 characters.
         self._scratch = tempfile.TemporaryDirectory(prefix="mixer-ray-", dir="/tmp", ignore_cleanup_errors=True)
-        ports = {
-            "port": _free_port(),
-            "dashboard-port": self.dashboard,
-            "ray-client-server-port": _free_port(),
-            "dashboard-agent-listen-port": _free_port(),
-        }
         command = [
             *("ray", "start", "--head", "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1"),
-            *(f"--{name}={port}" for name, port in ports.items()),
+            *(f"--{name}={port}" for name, port in self._ports.items()),
             *(f"--temp-dir={self._scratch.name}", f"--num-cpus={max(2, os.cpu_count() or 1)}"),
             f"--object-store-memory={10**9}",
             f"--system-config={json.dumps(_KEEP_WORKERS)}",
@@ -219,9 +214,3 @@ def _past_proxies() -> str:
     """Return what no_proxy must say: this machine, and what it says already, in either spelling."""
     said = [os.environ.get(name, "") for name in ("no_proxy", "NO_PROXY")]
     return ",".join(filter(None, ["127.0.0.1", "localhost", *said]))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

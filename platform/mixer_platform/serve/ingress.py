@@ -7,9 +7,8 @@ proxies and replicas. Jobs hand them on (`cli.main`); what is in the environment
 from __future__ import annotations
 
 import os
-import random
-import socket
-from contextlib import ExitStack
+
+from mixer_platform.loopback import free_ports
 
 REPLICA_PORTS = 50
 FIXED_PORTS = (
@@ -51,14 +50,9 @@ def own_ports() -> dict[str, str]:
     As Serve comes, these are fixed, and all count their replicas' ports from 30000. Until a replica has found a
     free one, its HAProxy asks whoever listens there; while it has no replica, whoever listens at the fallback's port.
     """
-    first = random.randrange(20_000, 29_900, REPLICA_PORTS)
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in FIXED_PORTS]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        free = [str(probe.getsockname()[1]) for probe in probes]
+    ports = free_ports(REPLICA_PORTS + len(FIXED_PORTS))
     return {
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + REPLICA_PORTS - 1),
-        **dict(zip(FIXED_PORTS, free, strict=True)),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(ports[0]),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(ports[REPLICA_PORTS - 1]),
+        **dict(zip(FIXED_PORTS, map(str, ports[REPLICA_PORTS:]), strict=True)),
     }

@@ -19,7 +19,7 @@ from ray.serve.exceptions import RayServeException
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import MixerError
 from mixer_platform.gallery import read_manifest
-from mixer_platform.loopback import open_url
+from mixer_platform.loopback import free_ports, open_url
 from mixer_platform.serve.app import application
 from mixer_platform.serve.loading import (
     APPLICATION,
@@ -102,6 +102,7 @@ def start_http(host: str, port: int) -> tuple[str, int]:
 
 def free_port(host: str, port: int) -> int:
     """Return the port if it is free, or any free one for 0. Raises MixerError."""
+    port = port or free_ports(1)[0]
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -111,7 +112,7 @@ def free_port(host: str, port: int) -> int:
             if error.errno != errno.EADDRINUSE:
                 raise MixerError(f"{host}:{port} cannot be listened on: {error.strerror}; set serve.host") from error
             raise MixerError(f"port {port} on {host} is in use; stop what uses it or set serve.port=...") from error
-        return probe.getsockname()[1]
+    return port
 
 
 def _delete_backends() -> None:
