@@ -77,10 +77,18 @@ def merged_schema(schemas: Sequence[pa.Schema]) -> pa.Schema:
 def with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """Return a table with the columns of `merged_schema`: those that it lacks are null."""
     columns = [
-        _cast(table[field.name], field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        cast(table[field.name], field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
         for field in schema
     ]
     return pa.table(columns, schema=schema)
+
+
+def cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """Return a column as the kind that `merged_schema` says."""
+    try:
+        return column.cast(kind)
+    except pa.ArrowException:
+        return pa.chunked_array([[None if value is None else str(value) for value in column.to_pylist()]], pa.string())
 
 
 def _summary(name: str, kind: Kind, column: pa.ChunkedArray) -> Attribute:
@@ -138,10 +146,3 @@ def _merged(fields: Sequence[pa.Field]) -> pa.Field:
         return pa.unify_schemas([pa.schema([field]) for field in fields], promote_options="permissive").field(0)
     except pa.ArrowException:
         return pa.field(fields[0].name, pa.string())
-
-
-def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
-    try:
-        return column.cast(kind)
-    except pa.ArrowException:
-        return pa.chunked_array([[None if value is None else str(value) for value in column.to_pylist()]], pa.string())

@@ -141,11 +141,16 @@ class Shard:
             return parts[0]
         return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(places))))
 
-    def items(self, ids: np.ndarray) -> list[dict[str, Any]]:
-        """Return the display columns of ids in their order, without "id"; an empty dict where an id is not here."""
-        table = self.rows(ids)
-        found = dict(zip(table["id"].to_pylist(), table.drop_columns("id").to_pylist(), strict=True))
-        return [found.get(identity, {}) for identity in np.asarray(ids).tolist()]
+    def items(self, ids: np.ndarray, schema: pa.Schema | None = None) -> list[dict[str, Any]]:
+        """Return the display columns of ids in their order, without "id"; an empty dict where an id is not here.
+
+        `schema`: of other shards too, default: of this one.
+        """
+        items: list[dict[str, Any]] = [{}] * len(ids)
+        for segment, places, rows in self._located(ids):
+            for place, row in zip(places.tolist(), rows.tolist(), strict=True):
+                items[place] = segment.row(row, self.schema if schema is None else schema)
+        return items
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
         """Return the embeddings of ids, float32 [n, dim], as well as the index gives them back; 0 where an id is not

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from mixer_platform.errors import StorageError
 from mixer_platform.filters import Filter
+from mixer_platform.rows import RowReader
 
 MISSING = -1  # FAISS pads short results with this id
 _LEAST = np.float32(np.finfo(np.float32).min)  # and with this score
@@ -84,6 +85,7 @@ class Segment:
         self._settings = search
         self.dim: int = self._owner.d
         self.rows = _mapped_table(Path(folder) / f"{entry.name}.arrow")
+        self._reader = RowReader(self.rows)
         self.ids: np.ndarray = self.rows["id"].to_numpy()
         if not np.array_equal(faiss.vector_to_array(self._owner.id_map), self.ids):
             raise StorageError(f"{path}: its ids are not those of {entry.name}.arrow; publish the index again")
@@ -126,6 +128,10 @@ class Segment:
             return np.full(len(ids), MISSING)
         rows = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
         return np.where((self.ids[rows] == ids) & self.alive[rows], rows, MISSING)
+
+    def row(self, number: int, schema: pa.Schema) -> dict[str, Any]:
+        """Return the display columns of a row as `RowReader.read` does."""
+        return self._reader.read(number, schema)
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors of rows as the index knows them, float32 [n, dim]."""

@@ -17,6 +17,7 @@ from mixer_platform.config import RunConfig
 from mixer_platform.errors import MixerError
 from mixer_platform.evaluate.job import photo_table, publish_report
 from mixer_platform.serve.canary import Canary, known_photos
+from mixer_platform.serve.engine import Engine
 from mixer_platform.serve.loading import calibrated, open_beside, wished
 from mixer_platform.serve.service import SearchService
 from mixer_platform.serve.swap import Swapper, check
@@ -59,7 +60,13 @@ def swapper_of(config: RunConfig, canary: Canary) -> Swapper:
     async def load(version: str) -> Any:
         return open_beside(config, version)
 
-    return Swapper(open_beside(config, "index-a"), wished(config), load, calibrated(config), canary)
+    return Swapper(checked(config, "index-a"), wished(config), load, calibrated(config), canary)
+
+
+def checked(config: RunConfig, version: str) -> Engine:
+    engine = open_beside(config, version)
+    asyncio.run(check(engine))
+    return engine
 
 
 def test_only_photos_that_were_found_are_known(tmp_path: Path):
@@ -120,7 +127,7 @@ def test_photos_whose_items_left_the_catalogue_keep_nothing_out(fresh_workspace:
     root, config = fresh_workspace.root, fresh_workspace.config
     report(root, "r", [FOUND] * 60)  # the last ones are of items that there are none of
     publish_wrong(root)
-    engine = open_beside(config, "index-b")
+    engine = checked(config, "index-b")
     with pytest.raises(MixerError, match="for any of 50 photos"):
         asyncio.run(canary_of(config, canary_photos=60).check(engine, fresh()))
     for path in root.glob("photo-[1-5]*.jpg"):
@@ -165,7 +172,7 @@ def test_a_report_that_cannot_be_read_stops_nothing(
     root, config = fresh_workspace.root, fresh_workspace.config
     report(root, "r", [FOUND] * 2)
     (root / "reports" / broken).write_bytes(b"{")
-    asyncio.run(canary_of(config).check(open_beside(config, "index-a"), fresh()))
+    asyncio.run(canary_of(config).check(checked(config, "index-a"), fresh()))
     assert "the known photos of model model-a cannot be read" in caplog.text
 
 

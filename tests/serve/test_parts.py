@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mixer_platform.serve.parts import Beside, Found, Part
+from mixer_platform.serve.parts import Beside, Found, Part, SentRows
 
 
 class Meeting:
@@ -60,8 +60,13 @@ def test_work_that_would_wait_in_a_thread_fails_instead():
 
 def test_what_a_shard_found_travels():
     rows = pa.table({"id": [3, 4, 5], "title": ["a", None, "c"], "tags": [["x"], [], ["y", "z"]]})
-    found = Found(np.ones((2, 1), np.float32), np.array([[4], [5]]), rows.slice(1).append_column("none", pa.nulls(2)))
-    scores, ids, table = pickle.loads(pickle.dumps(found))
+    sent = SentRows(rows.slice(1).append_column("none", pa.nulls(2)))
+    scores, ids, received = pickle.loads(pickle.dumps(Found(np.ones((2, 1), np.float32), np.array([[4], [5]]), sent)))
     assert (scores.tolist(), ids.tolist()) == ([[1], [1]], [[4], [5]])
-    assert table == found.rows
-    assert Found(scores, ids, table[:0]).__reduce__()[1][2].size < found.__reduce__()[1][2].size
+    assert received.table == sent.table
+    assert received.items(np.array([5, 3, 4]), sent.table.schema) == [
+        {"title": "c", "tags": ["y", "z"], "none": None},
+        {},
+        {"title": None, "tags": [], "none": None},
+    ]
+    assert len(pickle.dumps(SentRows(rows[:0]))) < len(pickle.dumps(sent))  # not what lies around them

@@ -15,16 +15,18 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError
 from starlette.testclient import TestClient
 
+from mixer_platform.attributes import merged_schema
 from mixer_platform.config import RunConfig
-from mixer_platform.gallery import MISSING
+from mixer_platform.gallery import MISSING, merge_top_k
 from mixer_platform.serve import api
-from mixer_platform.serve.engine import Engine, merge
+from mixer_platform.serve.engine import Engine, read_items
 from mixer_platform.serve.errors import unavailable
-from mixer_platform.serve.parts import ATTEMPTS, Deployed, Found
+from mixer_platform.serve.parts import ATTEMPTS, Deployed, Found, SentRows
 from mixer_platform.serve.service import SearchService
 from mixer_platform.serve.swap import Swapper
 
 DIM = 4
+ONE_COLUMN = pa.schema([("id", pa.int64()), ("item_id", pa.string())])
 
 
 def found(rng: np.random.Generator, ids: np.ndarray, queries: int, k: int) -> Found:
@@ -36,17 +38,16 @@ def found(rng: np.random.Generator, ids: np.ndarray, queries: int, k: int) -> Fo
         best = np.pad(best, ((0, 0), (0, k - len(ids))), constant_values=np.finfo(np.float32).min)
         best_ids = np.pad(best_ids, ((0, 0), (0, k - len(ids))), constant_values=MISSING)
     rows = np.unique(best_ids[best_ids != MISSING])
-    return Found(best, best_ids, pa.table({"id": rows, "item_id": [str(row) for row in rows]}))
+    return Found(best, best_ids, SentRows(pa.table({"id": rows, "item_id": [str(row) for row in rows]})))
 
 
 @pytest.mark.parametrize("k", [1, 4, 9, 40])
 def test_merge_equals_sorting_everything(k: int):
     rng = np.random.default_rng(k)
     parts = [found(rng, np.arange(n, 23, 3), queries=6, k=k) for n in range(3)]
-    scores, ids, rows = merge(parts, k)
-    assert rows["item_id"].to_pylist() == [str(identity) for identity in rows["id"].to_pylist()]
-    assert len(set(rows["id"].to_pylist())) == len(rows)
-    assert set(ids[ids != MISSING].tolist()) <= set(rows["id"].to_pylist())
+    scores, ids = merge_top_k([(part.scores, part.ids) for part in parts], k)
+    wanted = ids[ids != MISSING]
+    assert read_items(parts, wanted, ONE_COLUMN) == [{"item_id": str(identity)} for identity in wanted.tolist()]
     for query in range(6):
         pairs = [
             (-score, item)
@@ -63,13 +64,14 @@ def test_merge_equals_sorting_everything(k: int):
 
 
 def test_shards_of_different_columns_merge():
-    one = Found(np.ones((1, 1), np.float32), np.array([[2]]), pa.table({"id": [2], "item_id": ["two"], "size": [1]}))
-    other = Found(np.zeros((1, 1), np.float32), np.array([[1]]), pa.table({"id": [1], "item_id": ["one"], "x": ["y"]}))
-    _, ids, rows = merge([one, other], 5)
-    assert ids.tolist() == [[2, 1]]
-    assert rows.sort_by("id").to_pylist() == [
-        {"id": 1, "item_id": "one", "size": None, "x": "y"},
-        {"id": 2, "item_id": "two", "size": 1, "x": None},
+    tables = [
+        pa.table({"id": [2], "item_id": ["two"], "size": [1], "year": [2001]}),
+        pa.table({"id": [1], "item_id": ["one"], "x": ["y"], "year": ["about 1950"]}),
+    ]
+    parts = [Found(np.ones((1, 1), np.float32), table["id"].to_numpy()[None], SentRows(table)) for table in tables]
+    assert read_items(parts, np.array([1, 2]), merged_schema([table.schema for table in tables])) == [
+        {"item_id": "one", "size": None, "x": "y", "year": "about 1950"},
+        {"item_id": "two", "size": 1, "x": None, "year": "2001"},
     ]
 
 
@@ -120,7 +122,7 @@ def shard(item: int) -> Callable[..., Any]:
             return True if not arguments else np.ones(DIM, np.float32)
         rows = pa.table({"id": [item], "item_id": [f"item-{item}"]})
         queries = len(arguments[0])
-        return Found(np.ones((queries, 1), np.float32), np.full((queries, 1), item), rows)
+        return Found(np.ones((queries, 1), np.float32), np.full((queries, 1), item), SentRows(rows))
 
     return answer
 
@@ -142,6 +144,7 @@ def client_of(encoder: FakeHandle, *shards: FakeHandle, **serve: Any) -> TestCli
     index: Any = SimpleNamespace(version="index-a", model="model-a", dim=DIM, items=9, shards=shards)
     handles: Any = {f"shard-{number}": handle for number, handle in enumerate(shards)}
     engine = Engine(index, Deployed(encoder, handles), degrade=config.serve.lost_shard == "degrade")  # type: ignore[arg-type]
+    engine.schema = ONE_COLUMN
     service = SearchService(Swapper(engine, lambda: "index-a", None, lambda model: None), config.serve)  # type: ignore[arg-type]
     return TestClient(api.create_api(service, config), raise_server_exceptions=False)
 

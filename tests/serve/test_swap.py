@@ -131,6 +131,7 @@ def test_whatever_fails_is_told_and_followed_on(fresh_workspace: Any):
 def test_what_was_asked_of_one_version_is_answered_by_it(fresh_workspace: Any, swapper: Swapper, photo: Photo):
     publish_version(fresh_workspace.root, "model-b", "index-b", negative=True)
     first, other = swapper.engine, open_beside(fresh_workspace.config, "index-b")
+    asyncio.run(check(other))
     service = SearchService(swapper, fresh_workspace.config.serve)
     swapper.engine = other  # while these waited
     expires = time.time() + 60
@@ -138,7 +139,7 @@ def test_what_was_asked_of_one_version_is_answered_by_it(fresh_workspace: Any, s
     rankings = asyncio.run(service._answer(queries))
     assert [ranking.engine for ranking in rankings] == [first, other, first]
     expected = fresh_workspace.exact(fresh_workspace.embed(photo(5)), 3)
-    assert all(ranking.rows()["item_id"].to_pylist() == expected for ranking in rankings)
+    assert all([item["item_id"] for item in ranking.items] == expected for ranking in rankings)
 
 
 def test_an_unreadable_current_changes_nothing(fresh_workspace: Any, swapper: Swapper):

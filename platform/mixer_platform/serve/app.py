@@ -17,7 +17,7 @@ from mixer_platform.serve.errors import RETRY_AFTER_S
 from mixer_platform.serve.keys import key_ring
 from mixer_platform.serve.loading import are_beside, read_checked, wished
 from mixer_platform.serve.logs import LOGGING
-from mixer_platform.serve.parts import ENCODER, Part, QueryEncoder, ShardSearch
+from mixer_platform.serve.parts import ENCODER, Part, QueryEncoder, ShardApart
 from mixer_platform.serve.tracing import check_traces
 from mixer_platform.storage import open_storage
 
@@ -71,7 +71,7 @@ def backend(config: RunConfig, version: str) -> serve.Application:
     )
     shards = [
         _deployment(Part, entry.name, settings.shard, 4 * ongoing).bind(
-            ShardSearch, 4 * ongoing, storage.uri, entry, manifest.search, settings
+            ShardApart, 4 * ongoing, storage.uri, entry, manifest.search, settings
         )
         for entry in manifest.shards
     ]

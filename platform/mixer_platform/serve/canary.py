@@ -55,7 +55,7 @@ class Canary:
             (ranking,) = await engine.answer([Query(photo.content, None, FIRST, None, expires)])
             if not isinstance(ranking, Ranking):
                 raise ranking
-            if photo.relevant & set(ranking.rows()["item_id"].to_pylist()):
+            if photo.relevant & {item["item_id"] for item in ranking.items}:
                 return
             missed += await _holds(engine, photo.relevant, expires)
         if missed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from time import perf_counter
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from mixer.calibration import Calibration
-from mixer_platform.attributes import merge_attributes, merged_schema, with_schema
+from mixer_platform.attributes import merge_attributes, merged_schema
 from mixer_platform.gallery import MISSING, IndexManifest, merge_top_k
 from mixer_platform.serve.errors import ApiError, unavailable, unreadable
 from mixer_platform.serve.parts import Found, Parts
@@ -23,6 +24,7 @@ class Query:
     """What is searched for: a photo, or a unit embedding float32 [dim]; the k nearest that `where` lets pass.
 
     `engine`: whose embedding and whose columns those are, so who must answer, whatever has come in meanwhile.
+    `shown`: how many of the k may be shown, default all: the display columns of the others are not read.
     """
 
     photo: bytes | None
@@ -31,6 +33,7 @@ class Query:
     where: str | None
     expires: float  # Unix time
     engine: Engine | None = None
+    shown: int | None = None
     asked: float = field(default_factory=time.time)
 
 
@@ -38,7 +41,7 @@ class Query:
 class Ranking:
     """The nearest items of one query, best first: scores float32 and ids int64 [m].
 
-    `places` says which rows of its batch's table `found` are theirs: they are taken when they are shown.
+    `items` are the display columns of those that may be shown.
     `asked` and `begun` are when the query came and when its batch was begun, Unix times.
     """
 
@@ -46,17 +49,12 @@ class Ranking:
     vector: np.ndarray
     scores: np.ndarray
     ids: np.ndarray
-    found: pa.Table
-    places: np.ndarray
+    items: list[dict[str, Any]]
     missing_shards: list[str]
     encode_ms: float | None
     search_ms: float
     asked: float
     begun: float
-
-    def rows(self, ranks: np.ndarray | None = None) -> pa.Table:
-        """Return the display columns of the items at these ranks, default: of all."""
-        return self.found.take(pa.array(self.places if ranks is None else self.places[ranks]))
 
     @property
     def wait_ms(self) -> float:
@@ -64,14 +62,10 @@ class Ranking:
         return max(0.0, 1000 * (self.begun - self.asked))
 
 
-def merge(found: Sequence[Found], k: int) -> tuple[np.ndarray, np.ndarray, pa.Table]:
-    """Merge what shards found into the k best: scores and ids [n, k], and the rows of all ids, in no order."""
-    scores, ids = merge_top_k([(part.scores, part.ids) for part in found], k)
-    tables = [part.rows for part in found]
-    if any(table.schema != tables[0].schema for table in tables):
-        schema = merged_schema([table.schema for table in tables])
-        tables = [with_schema(table, schema) for table in tables]
-    return scores, ids, pa.concat_tables(tables)
+def read_items(found: Sequence[Found], ids: np.ndarray, schema: pa.Schema) -> list[dict[str, Any]]:
+    """Return the display columns of ids, int64 [m] in their order, each from the shard that found it."""
+    parts = [part.rows.items(ids, schema) for part in found]
+    return [next(filter(None, each), {}) for each in zip(*parts, strict=True)]
 
 
 class Engine:
@@ -123,20 +117,18 @@ class Engine:
             started = perf_counter()
             stacked = np.stack([vectors[place] for place in places])
             nearest, lost = await self._ask("search", expires, stacked, k, where)
-            scores, ids, rows = merge(nearest, k)
-            row_ids = rows["id"].to_numpy()
-            order = np.argsort(row_ids)
+            scores, ids = merge_top_k([(part.scores, part.ids) for part in nearest], k)
+            best = [each[each != MISSING] for each in ids]
+            shown = [each[: queries[place].shown] for each, place in zip(best, places, strict=True)]
+            items = iter(read_items(nearest, np.concatenate(shown), self.schema))
             search_ms = 1000 * (perf_counter() - started)
             for row, place in enumerate(places):
-                count = int((ids[row] != MISSING).sum())
-                best = ids[row, :count]
                 results[place] = Ranking(
                     self,
                     vectors[place],
-                    scores[row, :count],
-                    best,
-                    rows,
-                    order[np.searchsorted(row_ids, best, sorter=order)],
+                    scores[row, : len(best[row])],
+                    best[row],
+                    list(islice(items, len(shown[row]))),
                     list(lost),
                     None if queries[place].photo is None else encode_ms,
                     search_ms,

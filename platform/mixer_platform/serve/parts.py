@@ -26,6 +26,7 @@ from mixer_platform.config import ServeConfig
 from mixer_platform.filters import Filter
 from mixer_platform.gallery import MISSING, Shard, ShardEntry
 from mixer_platform.item_ids import probes
+from mixer_platform.rows import RowReader
 from mixer_platform.serve.copies import fetch
 from mixer_platform.serve.errors import ApiError, late, unavailable
 from mixer_platform.serve.tracing import trace_replica
@@ -39,25 +40,43 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class Found(NamedTuple):
-    """What a shard found for n queries: scores float32 and ids int64, both [n, k'], and the rows of those ids.
+class Items(Protocol):
+    """Items whose display columns can be read."""
 
-    `rows` has the display columns below `id`, ascending, each id once.
-    """
+    def items(self, ids: np.ndarray, schema: pa.Schema) -> list[dict[str, Any]]:
+        """Do as `Shard.items`."""
+
+
+class Found(NamedTuple):
+    """What a shard found for n queries: scores float32 and ids int64, both [n, k'], and where those items are read."""
 
     scores: np.ndarray
     ids: np.ndarray
-    rows: pa.Table
+    rows: Items
 
-    def __reduce__(self) -> tuple[Callable[..., Found], tuple[np.ndarray, np.ndarray, pa.Buffer]]:
+
+class SentRows:
+    """Display columns below `id`, ascending, each id once, that go to another process."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def items(self, ids: np.ndarray, schema: pa.Schema) -> list[dict[str, Any]]:
+        """Do as `Shard.items`."""
+        reader = RowReader(self.table)
+        numbers = {identity: number for number, identity in enumerate(self.table["id"].to_pylist())}
+        wanted = [numbers.get(identity) for identity in ids.tolist()]
+        return [{} if number is None else reader.read(number, schema) for number in wanted]
+
+    def __reduce__(self) -> tuple[Callable[[pa.Buffer], SentRows], tuple[pa.Buffer]]:
         # Ray takes tables apart in Python, buffer by buffer: for few rows that takes longer than the search.
-        with pa.BufferOutputStream() as sink, pa.ipc.new_stream(sink, self.rows.schema) as stream:
-            stream.write_table(self.rows)
-        return _received, (self.scores, self.ids, sink.getvalue())
+        with pa.BufferOutputStream() as sink, pa.ipc.new_stream(sink, self.table.schema) as stream:
+            stream.write_table(self.table)
+        return _received, (sink.getvalue(),)
 
 
-def _received(scores: np.ndarray, ids: np.ndarray, rows: pa.Buffer) -> Found:
-    return Found(scores, ids, pa.ipc.open_stream(rows).read_all())
+def _received(rows: pa.Buffer) -> SentRows:
+    return SentRows(pa.ipc.open_stream(rows).read_all())
 
 
 class Parts(Protocol):
@@ -160,7 +179,7 @@ class ShardSearch:
         faiss.omp_set_num_threads(1)  # of the calling thread: OpenMP keeps a number for each
         passing = Filter(where) if where else None
         scores, ids = self._shard.search(queries, max(1, min(k, self._shard.count)), passing)
-        return Found(scores, ids, self._shard.rows(np.unique(ids[ids != MISSING])))
+        return Found(scores, ids, self._shard)
 
     def vector(self, item_id: str, expires: float) -> np.ndarray | None:
         """Return the embedding of an item, float32 [dim], or None if it is not in this shard."""
@@ -173,8 +192,8 @@ class ShardSearch:
 
     def item(self, item_id: str, expires: float) -> dict[str, Any] | None:
         """Return the display columns of an item, or None if it is not in this shard."""
-        rows = self._shard.rows(np.array(probes(item_id))).to_pylist()
-        return next((row for row in rows if row["item_id"] == item_id), None)
+        items = self._shard.items(np.array(probes(item_id)))
+        return next((item for item in items if item.get("item_id") == item_id), None)
 
     def describe(self, expires: float) -> tuple[pa.Schema, list[Any]]:
         """Return the columns that a filter may name, and what they hold, as `Shard.attributes`."""
@@ -183,6 +202,15 @@ class ShardSearch:
     def ready(self, expires: float) -> bool:
         """Answer."""
         return True
+
+
+class ShardApart(ShardSearch):
+    """A shard that other processes ask."""
+
+    def search(self, queries: np.ndarray, k: int, where: str | None, expires: float) -> Found:
+        """Do as `ShardSearch.search`; what is found brings its rows along."""
+        found = super().search(queries, k, where, expires)
+        return found._replace(rows=SentRows(self._shard.rows(np.unique(found.ids[found.ids != MISSING]))))
 
 
 class Beside:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from mixer_platform.config import ServeConfig
-from mixer_platform.item_ids import probes
 from mixer_platform.serve.batching import Batcher
 from mixer_platform.serve.engine import Engine, Query, Ranking
 from mixer_platform.serve.errors import ApiError, invalid, late
@@ -46,7 +45,8 @@ class SearchService:
         engine = self.engine
         where = self._where(options, engine)
         whole = [photo for photo in photos if not isinstance(photo, ApiError)]
-        queries = [Query(photo, None, next(self._depths(options)), where, expires, engine) for photo in whole]
+        depth, shown = next(self._depths(options)), None if options.group_by else options.offset + options.k
+        queries = [Query(photo, None, depth, where, expires, engine, shown) for photo in whole]
         async with until_expired(expires):
             rankings = iter(await self.batcher(queries, expires) if queries else [])
             answers = [photo if isinstance(photo, ApiError) else next(rankings) for photo in photos]
@@ -136,11 +136,11 @@ class SearchService:
         places = likely[options.offset : shown]
         items = [
             Item.from_row(
-                row,
+                ranking.items[place],
                 score=float(ranking.scores[place]),
                 probability=None if probabilities is None else float(probabilities[place]),
             )
-            for place, row in zip(places.tolist(), ranking.rows(places).to_pylist(), strict=True)
+            for place in places.tolist()
         ]
         more = len(likely) > shown and shown < self._config.max_k
         return Page.model_construct(
@@ -151,18 +151,13 @@ class SearchService:
         """Return the places of the ranking that are shown: without the item itself, and one of each group."""
         places = np.arange(len(ranking.ids))
         if without is not None:
-            alike = np.flatnonzero(np.isin(ranking.ids, probes(without)))
-            names = ranking.rows(alike)["item_id"].to_pylist()
-            own = [place for place, name in zip(alike.tolist(), names, strict=True) if name == without]
-            places = np.delete(places, own)
+            places = np.array([place for place in places if ranking.items[place]["item_id"] != without], np.int64)
         if options.group_by is None:
             return places
         if options.group_by == LOOK:
             vectors = await ranking.engine.vectors_of(ranking.ids[places], expires)
             return places[first_of_each_look(vectors, self._config.same_look)]
-        if options.group_by not in ranking.found.column_names:  # only a lost shard has it
-            return places
-        return places[first_of_each(ranking.rows(places)[options.group_by].to_pylist())]
+        return places[first_of_each([ranking.items[place].get(options.group_by) for place in places])]
 
 
 def unknown_item(engine: Engine, item_id: str) -> ApiError:
