@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # as Serve comes then, a line shows when 1,000 have been written
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",  # as Serve comes, every process of it does so ten times a second
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",  # each round of the controller takes 4 ms of a core
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # HAProxy hears of it within a second
 }
