@@ -64,7 +64,7 @@ LAYOUTS = {
 }
 GALLERIES = ("catalogue", "vectors")
 CLIENTS = (4, 8, 16, 32)
-ROUNDS = 4
+ROUNDS = 8
 LONGEST_STOP = 4.0  # seconds; Ray believes processes dead that do not answer for ten
 CHANGED_AT = 0.3  # of saturation: on few cores, what starts takes as much CPU time as what answers
 SWAP_S, REPLACED_S = 240, 120  # what a swap, or a new replica, may take

@@ -31,6 +31,8 @@ ENVIRONMENT = {
     "RAY_SERVE_HAPROXY_MAXCONN": "2048",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",  # as Serve comes then, a line shows when 1,000 have been written
     "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    # Replicas count requests themselves; else HAProxy writes a line of each, and a process in Python reads it.
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
     "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
     "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",  # as Serve comes, every process of it does so ten times a second
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",  # each round of the controller takes 4 ms of a core
