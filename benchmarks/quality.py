@@ -204,10 +204,15 @@ def fine_tuned(bench: Bench, seed: int, epochs: int) -> tuple[np.ndarray, float]
     overrides = [f"train.fine_tune.epochs={epochs}", f"train.seed={seed}", "train.holdout=0", "train.precision=bf16"]
     config = load_config(CONFIG, [f"data={bench.config.data}", f"workspace={bench.config.workspace}", *overrides])
     model = train(config)
+    return published_hits(config, model["version"], bench.item_ids), model["seconds"]
+
+
+def published_hits(config: RunConfig, model: str, item_ids: list[str]) -> np.ndarray:
+    """Return the hits of a published model, asked by its graphs over these items."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = versions.fetch(open_storage(config.workspace), f"models/{model['version']}", scratch)
+        folder = versions.fetch(open_storage(config.workspace), f"models/{model}", scratch)
         queries, items = QueryEmbedder(folder, threads=2), ItemEmbedder(folder, threads=2)
-        photos, _ = read_truth(config, lambda picture: queries(queries.preprocess(picture)[None])[0])
+        photos, relevant = read_truth(config, lambda picture: queries(queries.preprocess(picture)[None])[0])
         gallery = {}
         for row in read_input(find_input(config.data, ITEMS)).iter_rows():
             text = item_text(row.get("title"), row.get("description"))
@@ -215,10 +220,10 @@ def fine_tuned(bench: Bench, seed: int, epochs: int) -> tuple[np.ndarray, float]
                 pixels = items.preprocess(decode(read_uri(row[IMAGE]))) if row[IMAGE] else None
             except (UnreadableImage, MissingError):
                 pixels = None
-            if row["item_id"] in bench.item_ids:
+            if row["item_id"] in item_ids:
                 gallery[row["item_id"]] = items([pixels], [text])[0]
-    embedded = torch.from_numpy(np.stack([gallery[item] for item in bench.item_ids]))
-    return hits_of(bench.item_ids, bench.relevant, photos @ embedded.T), model["seconds"]
+    embedded = torch.from_numpy(np.stack([gallery[item] for item in item_ids]))
+    return hits_of(item_ids, relevant, photos @ embedded.T)
 
 
 def shuffled_titles(bench: Bench, seed: int) -> Bench:

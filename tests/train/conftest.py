@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,11 +36,23 @@ def make_workspace(parent: Path) -> Path:
             rows.append(row)
     rows[4]["image"] = None
     rows[11]["text"] = None
-    (folder / "samples/v1/train").mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows[:7], SAMPLES), folder / "samples/v1/train/0.parquet")
-    pq.write_table(pa.Table.from_pylist(rows[7:], SAMPLES), folder / "samples/v1/train/1.parquet")
-    versions.publish(open_storage(str(folder)), "samples", "v1", {"classes": 3})
+    write_samples(folder, "v1", rows)
     return folder
+
+
+def write_samples(workspace: Path, version: str, rows: list[dict[str, Any]]) -> None:
+    """Publish rows like those of a samples version's train/ as two files, and the classes of their items."""
+    folder = workspace / "samples" / version
+    (folder / "train").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows[:7], SAMPLES), folder / "train/0.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[7:], SAMPLES), folder / "train/1.parquet")
+    members: dict[int, list[str]] = {}
+    for row in rows:
+        if row["kind"] == "item":
+            members.setdefault(row["class_id"], []).append(row["sample_id"])
+    classes = [{"class_id": label, "item_ids": members[label]} for label in sorted(members)]
+    pq.write_table(pa.Table.from_pylist(classes), folder / "classes.parquet")
+    versions.publish(open_storage(str(workspace)), "samples", version, {"classes": len(classes)})
 
 
 @pytest.fixture

@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mixer.config import ModelConfig
 from mixer.embedder import ItemEmbedder, QueryEmbedder
+from mixer.images import decode
 from mixer.towers import MixerModel
+from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import ConfigError, StorageError
 from mixer_platform.storage import open_storage
 from mixer_platform.train.checkpoints import Checkpoints
 from mixer_platform.train.job import train
+from tests.train.conftest import write_samples
 
 
 def run_config(workspace: Path, architecture: ModelConfig, **settings: Any) -> RunConfig:
@@ -131,6 +135,84 @@ def test_the_image_encoder_can_be_trained_too(workspace: Path, architecture: Mod
     resumed = train(run_config(workspace, architecture, epochs=1, fine_tune=tuning, workers=1))
     assert resumed["history"][:epochs] == report["history"][:epochs], "what was trained is trained again"
     np.testing.assert_allclose(losses(resumed), losses(report), rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_classes_that_were_there_go_on_and_new_ones_start_from_their_samples(
+    workspace: Path, architecture: ModelConfig
+) -> None:
+    first = train(run_config(workspace, architecture, classifier_lr=0.05))
+    rows = pq.read_table(workspace / "samples/v1/train").to_pylist()
+    numbers = {0: 2, 1: 0, 2: 3}
+    for row in rows:
+        row["class_id"] = numbers[row["class_id"]]
+        row["candidates"] = row["candidates"] and [numbers[label] for label in row["candidates"]]
+    blue = next(row for row in rows if row["kind"] == "item" and row["text"] == "blue round thing")
+    rows += [{**blue, "sample_id": f"new-{n}", "text": "a new thing", "class_id": 1} for n in range(2)]
+    write_samples(workspace, "v2", rows)
+
+    still = {"tower_lr": 1e-12, "classifier_lr": 1e-12, "epochs": 1}
+    second = train(run_config(workspace, architecture, samples="v2", start="latest", **still))
+    assert (second["start"], second["kept_classes"], second["classes"]) == (first["version"], 3, 4)
+    before, after = (classifier(workspace, report) for report in (first, second))
+    for old, new in numbers.items():
+        torch.testing.assert_close(after[new], before[old], rtol=0, atol=1e-9)
+    items = ItemEmbedder(workspace / "models" / first["version"])
+    pixels = items.preprocess(decode(Path(blue["image"]).read_bytes()))
+    expected = items([pixels], ["a new thing"])[0]
+    np.testing.assert_allclose(after[1], expected, atol=2e-3)  # features are cached in 16 bits
+    trained, went_on = weights(workspace, first), weights(workspace, second)
+    for name, value in trained.items():
+        torch.testing.assert_close(went_on[name], value, rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_run_goes_on_from_a_model_whose_encoder_was_trained(workspace: Path, architecture: ModelConfig) -> None:
+    tuning = {"epochs": 1, "from_block": 1, "batch_size": 6, "encoder_lr": 0.01}
+    first = train(run_config(workspace, architecture, epochs=1, fine_tune=tuning))
+    still = {"tower_lr": 1e-12, "classifier_lr": 1e-12, "encoder_lr": 1e-12}
+    settings = {"epochs": 1, "start": "latest", "tower_lr": 1e-12, "classifier_lr": 1e-12}
+    frozen = train(run_config(workspace, architecture, **settings))
+    tuned = train(run_config(workspace, architecture, **settings, fine_tune={**tuning, **still}))
+    trained = weights(workspace, first)
+    assert not torch.equal(MixerModel(architecture).state_dict()[name := encoder_name(trained)], trained[name])
+    for report in (frozen, tuned):
+        for name, value in weights(workspace, report).items():
+            torch.testing.assert_close(value, trained[name], rtol=0, atol=1e-9)
+    assert frozen["history"][0]["loss"] < first["history"][0]["loss"]
+    features = {path.name for path in (workspace / "features").iterdir()}
+    assert len(features) == 2, "what the trained encoder sees is cached apart, once"
+
+
+def encoder_name(state: dict[str, torch.Tensor]) -> str:
+    return next(name for name in state if name.startswith("image_encoder.") and ".1." in name and "weight" in name)
+
+
+def classifier(workspace: Path, report: dict[str, Any]) -> torch.Tensor:
+    files = sorted((workspace / "models" / report["version"] / "classifier").iterdir())
+    return torch.cat([load_file(path)["weight"] for path in files])
+
+
+@pytest.mark.parametrize(
+    ("start", "error", "sentence"),
+    [
+        ("latest", StorageError, "models: nothing is published here; run the job that writes models/"),
+        ("none-such", StorageError, "models/none-such: no such published version"),
+        ("other", ConfigError, r"^train\.start: model other has another model\.dim: 16; set it so, or start from none"),
+    ],
+)
+def test_a_model_that_it_cannot_start_from_is_one_sentence(
+    workspace: Path, architecture: ModelConfig, start: str, error: type[Exception], sentence: str
+) -> None:
+    if start == "other":
+        storage = open_storage(str(workspace))
+        config = architecture.model_copy(update={"dim": 16}).model_dump_json()
+        storage.write("models/other/config.json", config.encode())
+        versions.publish(storage, "models", "other", {"samples": "v1"})
+    with pytest.raises(error, match=sentence):
+        train(run_config(workspace, architecture, start=start))
 
 
 def test_no_samples_is_one_sentence(tmp_path: Path, architecture: ModelConfig) -> None:

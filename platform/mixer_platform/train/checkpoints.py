@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -37,6 +38,7 @@ class Checkpoints:
 
     def __init__(self, storage: Storage, run: str, patience: float = 300) -> None:
         self.storage, self.folder, self.patience = storage, f"runs/{run}", patience
+        self._kept = f"{self.folder}/kept.safetensors"
 
     def latest(self) -> dict[str, Any] | None:
         """Return the state of the newest whole checkpoint, with its `name`, or None."""
@@ -85,6 +87,14 @@ class Checkpoints:
     def read_targets(self, round_: int) -> Targets:
         """Return what `write_targets` wrote."""
         return Targets(**load(self._patiently(self.storage.read, self._targets(round_))))
+
+    def write_kept(self, kept: np.ndarray) -> None:
+        """Write which class of the model that a run starts from each class goes on from; before the workers read."""
+        self._write(self._kept, save({"kept": torch.from_numpy(kept)}))
+
+    def read_kept(self) -> np.ndarray:
+        """Return what `write_kept` wrote."""
+        return load(self._patiently(self.storage.read, self._kept))["kept"].numpy()
 
     def read_towers(self, name: str) -> dict[str, Tensor]:
         """Return what `write_towers` wrote."""

@@ -29,6 +29,7 @@ from mixer_platform.config import TrainConfig
 from mixer_platform.storage import Storage, open_storage
 from mixer_platform.train.labels import LABELS, in_training_order, read_labels
 from mixer_platform.train.pictures import read_picture
+from mixer_platform.train.start import starting_model
 
 KIND = "features"
 _BLOCK_ROWS = 64
@@ -37,7 +38,10 @@ _log = logging.getLogger(__name__)
 
 def cache_features(storage: Storage, samples: str, model: ModelConfig, train: TrainConfig) -> str:
     """Compute `features/<version>/` for a samples version unless it is there, and return the version."""
+    whole = starting_model(storage, train.start, model)
     settings = [model.image_encoder, model.text_encoder, model.max_tokens, model.pooling, train.views, train.seed]
+    if train.start and (trained := _digest(whole.image_encoder)) != _digest(MixerModel(model).image_encoder):
+        settings.append(trained)
     fingerprint = versions.fingerprint(versions.fingerprint_of(samples), *settings)
     if done := versions.find(storage, KIND, fingerprint):
         _log.info("features %s are there already", done["version"])
@@ -45,7 +49,7 @@ def cache_features(storage: Storage, samples: str, model: ModelConfig, train: Tr
     version = versions.new_version(fingerprint)
     folder = f"{KIND}/{version}"
     with tempfile.TemporaryDirectory() as scratch:
-        export_encoders(MixerModel(model), Path(scratch))
+        export_encoders(whole, Path(scratch))
         versions.upload(storage, Path(scratch), f"{folder}/encoders")
     rows = ray.data.read_parquet(storage.path(f"samples/{samples}/train"), filesystem=storage.filesystem)
     # Small blocks: an item costs many times a photo, and the actors shall end together.
@@ -60,6 +64,13 @@ def cache_features(storage: Storage, samples: str, model: ModelConfig, train: Tr
     features.write_parquet(storage.path(f"{folder}/rows"), filesystem=storage.filesystem)
     versions.publish(storage, KIND, version, {"samples": samples, "views": train.views})
     return version
+
+
+def _digest(module: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class FeatureWorker:

@@ -27,9 +27,10 @@ from mixer_platform.train.checkpoints import Checkpoints
 from mixer_platform.train.features import cache_features
 from mixer_platform.train.loop import train_worker
 from mixer_platform.train.stages import encoder_widths
+from mixer_platform.train.start import MODELS, NEW, classes_of, kept_classes, start_of, starting_model
 
 matplotlib.use("Agg")
-KIND = "models"
+KIND = MODELS
 _NOT_LEARNED_FROM = {
     "samples",
     "workers",
@@ -52,8 +53,10 @@ def train(config: RunConfig) -> dict[str, Any]:
     started = time.monotonic()
     storage = open_storage(config.workspace)
     samples = versions.require(storage, "samples", config.train.samples)
+    start = start_of(storage, config.train.start, config.model)
+    learning = config.train.model_copy(update={"start": start["version"] if start else None})
     # What changes neither the samples nor the steps makes no new run.
-    settings = config.train.model_dump(exclude=_NOT_LEARNED_FROM)
+    settings = learning.model_dump(exclude=_NOT_LEARNED_FROM, exclude_none=True)
     run = versions.fingerprint(versions.fingerprint_of(samples["version"]), config.model.model_dump(), settings)
     if done := versions.find(storage, KIND, run):
         _log.info("model %s is there already", done["version"])
@@ -63,7 +66,15 @@ def train(config: RunConfig) -> dict[str, Any]:
         widths = encoder_widths(config.model, config.train.fine_tune)
     except EncoderError as error:
         raise ConfigError(f"model: {error}") from error
-    features = cache_features(storage, samples["version"], config.model, config.train)
+    features = cache_features(storage, samples["version"], config.model, learning)
+    checkpoints = Checkpoints(storage, run)
+    kept = 0
+    if start:
+        earlier, now = (classes_of(storage, version) for version in (start["samples"], samples["version"]))
+        going_on = kept_classes(earlier, now, samples["classes"])
+        checkpoints.write_kept(going_on)
+        kept = int((going_on != NEW).sum())
+        _log.info("%d of %d classes go on from model %s", kept, samples["classes"], start["version"])
     job = {
         "workspace": storage.uri,
         "run": run,
@@ -72,11 +83,10 @@ def train(config: RunConfig) -> dict[str, Any]:
         "widths": widths,
         "classes": samples["classes"],
         "model": config.model.model_dump(),
-        "train": config.train.model_dump(),
+        "train": learning.model_dump(),
     }
     cached = time.monotonic()
     _fit(job, config)
-    checkpoints = Checkpoints(storage, run)
     checkpoints.sweep()
     state = checkpoints.latest()
     assert state is not None, "Ray Train returned without error, so the last epoch is written"
@@ -84,6 +94,8 @@ def train(config: RunConfig) -> dict[str, Any]:
         "samples": samples["version"],
         "classes": samples["classes"],
         "dim": config.model.dim,
+        "start": learning.start,
+        "kept_classes": kept,
         "history": state["history"],
         "seconds_features": round(cached - started, 2),
         "seconds": round(time.monotonic() - started, 2),
@@ -123,7 +135,7 @@ def _publish(
     """Write the model's files; the manifest, written after them, makes them visible."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = load_trained(checkpoints, name, architecture)
+        model = load_trained(checkpoints, name, starting_model(storage, report["start"], architecture))
         model.save_pretrained(folder)
         export_model(model, folder)
         write_curves(report["history"], folder)
@@ -133,9 +145,8 @@ def _publish(
     storage.write(f"{KIND}/{version}/metrics.json", versions.to_json(report))
 
 
-def load_trained(checkpoints: Checkpoints, name: str, architecture: ModelConfig) -> MixerModel:
-    """Return the whole model with the trained parameters of a checkpoint."""
-    model = MixerModel(architecture)
+def load_trained(checkpoints: Checkpoints, name: str, model: MixerModel) -> MixerModel:
+    """Return the model that a run started from with the trained parameters of a checkpoint."""
     state = checkpoints.read_towers(name)
     model.load_state_dict({name: value for name, value in state.items() if ":" not in name}, strict=False)
     return model.eval()

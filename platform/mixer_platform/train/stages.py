@@ -18,9 +18,11 @@ from mixer.training import FrozenTower, WholeModel
 from mixer_platform.config import FineTuneConfig, TrainConfig
 from mixer_platform.errors import ConfigError
 from mixer_platform.storage import open_storage
+from mixer_platform.train.checkpoints import Checkpoints
 from mixer_platform.train.engine import HybridTrainer
 from mixer_platform.train.features import FeatureSamples
 from mixer_platform.train.pictures import PictureSamples
+from mixer_platform.train.start import NEW, mean_of_samples, read_rows, starting_model
 
 Samples = FeatureSamples | PictureSamples
 
@@ -84,18 +86,20 @@ def new_trainer(
 ) -> HybridTrainer:
     """Return a trainer of a stage over `rows` samples, the same on every worker.
 
-    The model is untrained, or what the trainer `before` has made of it.
+    The model is the one that the run starts from, or what the trainer `before` has made of it.
     """
-    architecture = ModelConfig.model_validate(job["model"])
+    architecture, storage = ModelConfig.model_validate(job["model"]), open_storage(job["workspace"])
     torch.manual_seed(config.seed)
     tower: FrozenTower | WholeModel
-    if isinstance(samples, FeatureSamples):
-        tower = FrozenTower(Towers(architecture, *job["widths"]))
-        tower.towers.fit_features(samples.pooled(tower.towers))
-    else:
-        model = MixerModel(architecture)
+    if isinstance(samples, PictureSamples):
+        model = starting_model(storage, config.start, architecture)
         model.image_encoder.train_from(config.fine_tune.from_block)
         tower = WholeModel(model)
+    elif config.start:
+        tower = FrozenTower(starting_model(storage, config.start, architecture).towers)
+    else:
+        tower = FrozenTower(Towers(architecture, *job["widths"]))
+        tower.towers.fit_features(samples.pooled(tower.towers))
     scale = config.scale or fixed_scale(job["classes"])
     head = ShardedMarginSoftmax(
         architecture.dim,
@@ -112,7 +116,27 @@ def new_trainer(
     if before is not None:
         tower.load_state_dict(before.engine.module.state_dict(), strict=False)  # what it lacks was not trained
         head.weight.copy_(before.head_state()["weight"])
-    return HybridTrainer(tower.to(device), head, config, config.epochs * -(-rows // config.batch_size))
+    trainer = HybridTrainer(tower.to(device), head, config, config.epochs * -(-rows // config.batch_size))
+    if config.start and before is None:
+        start_classes(job, trainer, samples, device)
+    return trainer
+
+
+@torch.no_grad()
+def start_classes(job: dict[str, Any], trainer: HybridTrainer, samples: Samples, device: torch.device) -> None:
+    """Give the classes that are kept their rows of the model that the run starts from, and the new ones the mean of
+    their samples, as that model embeds them. A collective call."""
+    config, head, storage = trainer.config, trainer.head, open_storage(job["workspace"])
+    kept = Checkpoints(storage, job["run"]).read_kept()
+    owned = slice(head.owned.start, head.owned.stop)
+    weight = read_rows(storage, str(config.start), kept[owned])
+    new = np.flatnonzero(kept == NEW)
+    if len(new):
+        theirs = np.flatnonzero(np.isin(samples.labels.numpy(), new))
+        embeddings = embedded(trainer, samples, theirs, 0, config.batch_size, device)
+        mine = new[(new >= owned.start) & (new < owned.stop)]
+        weight[mine - owned.start] = mean_of_samples(embeddings, samples.labels[theirs], mine)
+    head.weight.copy_(weight)
 
 
 def relabelled(trainer: HybridTrainer, samples: Samples, config: TrainConfig, device: torch.device) -> Targets:

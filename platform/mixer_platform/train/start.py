@@ -1,0 +1,111 @@
+"""Where a run starts: from an untrained model, or from an earlier one whose classes have grown and shrunk since.
+
+New items come every day, and every `prepare` numbers its classes anew. A class is known by its items: it goes on with
+the row of the class that held them before, and a new one begins as the mean of its samples.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load
+from torch import Tensor
+
+from mixer.config import ModelConfig
+from mixer.towers import CONFIG, WEIGHTS, MixerModel
+from mixer_platform import versions
+from mixer_platform.errors import ConfigError
+from mixer_platform.storage import Storage
+
+MODELS = "models"
+NEW = -1
+
+
+def start_of(storage: Storage, wanted: str | None, architecture: ModelConfig) -> dict[str, Any] | None:
+    """Return the manifest of the model that a run starts from, None for an untrained one.
+
+    Raises StorageError if there is none, ConfigError if it is of another architecture.
+    """
+    if wanted is None:
+        return None
+    found = versions.require(storage, MODELS, wanted)
+    config = versions.read_json(storage, f"{MODELS}/{found['version']}/{CONFIG}")
+    other = {name for name, value in architecture.model_dump().items() if config.get(name) != value}
+    if other:
+        raise ConfigError(
+            f"train.start: model {found['version']} has another model.{min(other)}: {config.get(min(other))!r}; "
+            "set it so, or start from none"
+        )
+    return found
+
+
+def starting_model(storage: Storage, start: str | None, architecture: ModelConfig) -> MixerModel:
+    """Return the model that a run starts from, whole: `start` as it was published, or an untrained one."""
+    if start is None:
+        return MixerModel(architecture)
+    with tempfile.TemporaryDirectory() as scratch:
+        names = (CONFIG, WEIGHTS)
+        return MixerModel.from_pretrained(versions.fetch(storage, f"{MODELS}/{start}", scratch, names))
+
+
+def classes_of(storage: Storage, samples: str) -> pa.Table:
+    """Return class_id and item_ids of a samples version."""
+    content = storage.read(f"samples/{samples}/classes.parquet")
+    return pq.read_table(pa.BufferReader(content), columns=["class_id", "item_ids"])
+
+
+def kept_classes(before: pa.Table, now: pa.Table, count: int) -> np.ndarray:
+    """Return which earlier class each of `count` classes goes on from, int64 [count], `NEW` for none.
+
+    It is the one with which it shares most items. Where an earlier class was split, the part with most of its items
+    has it, and the others are new; of equal ones the first. Both tables have class_id and item_ids.
+    """
+    pairs = _members(before, "before").join(_members(now, "now"), "item_id", join_type="inner")
+    shared = pairs.group_by(["before", "now"]).aggregate([([], "count_all")])
+    shared = shared.sort_by([("count_all", "descending"), ("now", "ascending"), ("before", "ascending")])
+    for end in ("now", "before"):  # the first row of each has its largest share
+        _, first = np.unique(shared[end].to_numpy(), return_index=True)
+        shared = shared.take(pa.array(np.sort(first)))
+    kept = np.full(count, NEW)
+    kept[shared["now"].to_numpy()] = shared["before"].to_numpy()
+    return kept
+
+
+def _members(classes: pa.Table, name: str) -> pa.Table:
+    item_ids = classes["item_ids"].combine_chunks()
+    owners = np.repeat(classes["class_id"].to_numpy(), item_ids.value_lengths().to_numpy(zero_copy_only=False))
+    return pa.table({"item_id": item_ids.flatten().cast(pa.string()), name: owners})
+
+
+def read_rows(storage: Storage, model: str, wanted: np.ndarray) -> Tensor:
+    """Return the rows of a published model's classes, float32 [n, dim], 0 where `NEW` is wanted; file by file."""
+    rows: Tensor | None = None
+    for key in sorted(storage.list(f"{MODELS}/{model}/classifier")):
+        first, end = (int(number) for number in key.rpartition("/")[2].removesuffix(".safetensors").split("-"))
+        places = np.flatnonzero((wanted >= first) & (wanted < end))
+        if rows is None or len(places):  # the first file also tells the shape
+            held = load(storage.read(key))["weight"]
+            rows = torch.zeros(len(wanted), held.shape[1]) if rows is None else rows
+            rows[places] = held[wanted[places] - first].float()
+    assert rows is not None, "a model is published with its classifier"
+    return rows
+
+
+def mean_of_samples(embeddings: Tensor, labels: Tensor, wanted: np.ndarray) -> Tensor:
+    """Return the direction of the mean of each wanted class's samples, unit rows [n, dim]; 0 for one without samples.
+
+    Args:
+        embeddings: [m, dim] of samples.
+        labels: int64 [m], their classes.
+        wanted: int64 [n], classes, ascending.
+    """
+    mine = torch.from_numpy(np.isin(labels.numpy(), wanted))
+    places = torch.from_numpy(np.searchsorted(wanted, labels[mine].numpy()))
+    sums = torch.zeros(len(wanted), embeddings.shape[1]).index_add_(0, places, embeddings[mine])
+    return F.normalize(sums, dim=1)

@@ -1,0 +1,70 @@
+"""Which classes go on from an earlier model, and with what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import save
+
+from mixer_platform.storage import open_storage
+from mixer_platform.train.start import NEW, kept_classes, mean_of_samples, read_rows
+
+
+def classes(*members: str) -> pa.Table:
+    """Each word is a class, each letter an item of it."""
+    return pa.table({"class_id": range(len(members)), "item_ids": [list(word) for word in members]})
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "kept"),
+    [
+        (["ab", "cd", "e"], ["e", "ab", "cd"], [2, 0, 1]),
+        (["ab", "cd"], ["abx", "y", "cd"], [0, NEW, 1]),
+        (["abc", "d"], ["d"], [1]),
+        (["abcde", "f"], ["ab", "cde", "f"], [NEW, 0, 1]),  # split: the larger part
+        (["abcd"], ["ab", "cd"], [0, NEW]),  # into equal parts: the first
+        (["ab", "cde"], ["abcde"], [1]),  # merged: the larger one
+        (["ab", "cd"], ["ac", "bd"], [0, NEW]),  # mixed up
+        (["ab"], ["x", "y"], [NEW, NEW]),
+    ],
+)
+def test_a_class_goes_on_from_the_one_that_held_its_items(before: list[str], now: list[str], kept: list[int]) -> None:
+    assert kept_classes(classes(*before), classes(*now), len(now)).tolist() == kept
+
+
+def test_most_of_many_classes_are_found_again() -> None:
+    rng = np.random.default_rng(0)
+    owner = rng.integers(0, 300, 3000)
+    order = rng.permutation(300)
+    before, now = (
+        pa.table(
+            {"class_id": range(300), "item_ids": [np.flatnonzero(of == n).astype(str).tolist() for n in range(300)]}
+        )
+        for of in (owner, np.where(rng.random(3000) < 0.1, rng.integers(0, 300, 3000), order[owner]))
+    )
+    kept = kept_classes(before, now, 300)
+    assert (kept[order] == np.arange(300)).mean() > 0.99
+    assert len(set(kept[kept != NEW])) == (kept != NEW).sum()
+
+
+def test_rows_are_read_by_class_from_however_many_files(tmp_path: Path) -> None:
+    storage, rows = open_storage(str(tmp_path)), torch.randn(10, 3)
+    for first, end in ((0, 4), (4, 5), (5, 10)):
+        content = save({"weight": rows[first:end].clone(), "exp_avg": torch.zeros(end - first, 3)})
+        storage.write(f"models/m/classifier/{first:012d}-{end:012d}.safetensors", content)
+    wanted = np.array([9, NEW, 0, 4, NEW])
+    found = read_rows(storage, "m", wanted)
+    assert torch.equal(found[wanted != NEW], rows[wanted[wanted != NEW]])
+    assert not found[wanted == NEW].any()
+    assert read_rows(storage, "m", np.array([], np.int64)).shape == (0, 3)
+
+
+def test_a_new_class_begins_in_the_middle_of_its_samples() -> None:
+    embeddings = torch.tensor([[1.0, 0], [0, 1], [0.6, 0.8], [-1, 0]])
+    rows = mean_of_samples(embeddings, torch.tensor([5, 5, 2, 9]), np.array([2, 5, 7]))
+    assert mean_of_samples(embeddings, torch.tensor([5, 5, 2, 9]), np.array([], np.int64)).shape == (0, 2)
+    np.testing.assert_allclose(rows, [[0.6, 0.8], [0.5**0.5, 0.5**0.5], [0, 0]], atol=1e-6)
