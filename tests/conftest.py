@@ -13,9 +13,10 @@ import pytest
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported; a token left in ~/.ray does no harm
 
-from mixer_platform.serve.ingress import own_ports, prepare
+from mixer_platform.loopback import free_ports
+from mixer_platform.serve.ingress import OWN_PORTS, own_ports, prepare
 
-os.environ.update({name: value for name, value in own_ports().items() if name not in os.environ})
+os.environ.update({name: value for name, value in own_ports(free_ports(OWN_PORTS)).items() if name not in os.environ})
 os.environ.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "0")  # nobody else asks
 SERVE = prepare()
 # Only here, for Serve's local testing mode knows no other: its handles await what another loop answers.

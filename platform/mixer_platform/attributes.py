@@ -86,7 +86,7 @@ def with_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
 def cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     """Return a column as the kind that `merged_schema` says."""
     try:
-        return column.cast(kind)
+        return column.cast(kind, safe=pa.types.is_string(kind))  # a long integer loses digits as a number of 64 bits
     except pa.ArrowException:
         return pa.chunked_array([[None if value is None else str(value) for value in column.to_pylist()]], pa.string())
 

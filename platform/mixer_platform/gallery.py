@@ -148,8 +148,9 @@ class Shard:
         """
         items: list[dict[str, Any]] = [{}] * len(ids)
         for segment, places, rows in self._located(ids):
-            for place, row in zip(places.tolist(), rows.tolist(), strict=True):
-                items[place] = segment.row(row, self.schema if schema is None else schema)
+            found = segment.items(rows, self.schema if schema is None else schema)
+            for place, item in zip(places.tolist(), found, strict=True):
+                items[place] = item
         return items
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:

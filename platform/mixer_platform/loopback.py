@@ -8,6 +8,8 @@ import urllib.request
 from contextlib import ExitStack
 from http.client import HTTPResponse
 
+from mixer_platform.errors import MixerError
+
 # Connections of this machine get ports from 32768 on Linux: one of those that is free now may be theirs a moment later.
 _PORTS = 20_000, 30_000
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of this machine is not meant
@@ -19,7 +21,7 @@ def open_url(request: str | urllib.request.Request, timeout_s: float) -> HTTPRes
 
 
 def free_ports(count: int) -> range:
-    """Return so many ports in a row on which nothing listens. Raises OSError."""
+    """Return so many ports in a row on which nothing listens. Raises MixerError."""
     lowest, end = _PORTS
     firsts = range(lowest, end - count + 1, count)
     for first in random.sample(firsts, len(firsts)):
@@ -31,4 +33,4 @@ def free_ports(count: int) -> range:
             except OSError:
                 continue
         return ports
-    raise OSError(f"no {count} ports in a row are free from {lowest} to {end}")
+    raise MixerError(f"no {count} ports in a row are free from {lowest} to {end}; end what listens on some of them")

@@ -129,9 +129,9 @@ class Segment:
         rows = np.minimum(np.searchsorted(self.ids, ids), len(self.ids) - 1)
         return np.where((self.ids[rows] == ids) & self.alive[rows], rows, MISSING)
 
-    def row(self, number: int, schema: pa.Schema) -> dict[str, Any]:
-        """Return the display columns of a row as `RowReader.read` does."""
-        return self._reader.read(number, schema)
+    def items(self, rows: np.ndarray, schema: pa.Schema) -> list[dict[str, Any]]:
+        """Return the display columns of rows as `RowReader.read` does."""
+        return self._reader.read(rows.tolist(), schema)
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors of rows as the index knows them, float32 [n, dim]."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mixer_platform import loopback
+from mixer_platform.errors import MixerError
 from mixer_platform.loopback import free_ports
 
 
@@ -21,7 +22,9 @@ def test_ports_in_a_row_that_can_be_listened_on():
 
 
 def test_connections_do_not_get_them():
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    told = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    if not told.exists() or (first := int(told.read_text().split()[0])) < 30_000:
+        pytest.skip("this system gives connections other ports than Linux comes with")
     assert free_ports(3)[-1] < first
 
 
@@ -32,5 +35,5 @@ def test_what_another_listens_on_is_passed_over(monkeypatch: pytest.MonkeyPatch)
     with socket.socket() as server:
         server.bind(("127.0.0.1", taken[1]))
         assert free_ports(2) == range(taken[2], taken[2] + 2)
-        with pytest.raises(OSError, match="no 4 ports in a row are free from"):
+        with pytest.raises(MixerError, match=r"no 4 ports in a row are free from .*; end what listens"):
             free_ports(4)

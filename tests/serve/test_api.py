@@ -22,7 +22,7 @@ from mixer_platform.serve.api import create_api
 from mixer_platform.serve.engine import Engine
 from mixer_platform.serve.errors import ApiError
 from mixer_platform.serve.loading import calibrated, open_beside
-from mixer_platform.serve.parts import Deployed, Part, QueryEncoder, ShardSearch
+from mixer_platform.serve.parts import Deployed, Part, QueryEncoder, ShardApart
 from mixer_platform.serve.payload import BodyLimit
 from mixer_platform.serve.service import SearchService
 from mixer_platform.serve.swap import Swapper, check
@@ -45,7 +45,7 @@ def client(workspace: Any, request: pytest.FixtureRequest) -> Iterator[TestClien
 
         encoder = run(QueryEncoder, config.workspace, index.model, settings)
         shards = {
-            entry.name: run(ShardSearch, config.workspace, entry, index.search, settings) for entry in index.shards
+            entry.name: run(ShardApart, config.workspace, entry, index.search, settings) for entry in index.shards
         }
         engine = Engine(index, Deployed(encoder, shards))
     swapper = Swapper(engine, lambda: version, None, calibrated(config))  # type: ignore[arg-type]

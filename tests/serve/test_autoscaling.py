@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import ray
 
-from mixer_platform.serve.ingress import own_ports, prepare
+from mixer_platform.loopback import free_ports
+from mixer_platform.serve.ingress import OWN_PORTS, own_ports, prepare
 from mixer_platform.serve.job import free_port
 from tests.conftest import ROOT
 from tests.serve.conftest import INDEX, publish_version, serve_version
@@ -57,7 +58,7 @@ def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
     environment = {
         **os.environ,
         **prepare(),
-        **own_ports(),
+        **own_ports(free_ports(OWN_PORTS)),
         "RAY_AUTH_MODE": "disabled",
         "RAY_FAKE_CLUSTER": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",

@@ -139,10 +139,12 @@ def test_the_image_encoder_can_be_trained_too(workspace: Path, architecture: Mod
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("settings", [{}, {"rounds": 2, "zero_stage": 1, "workers": 1}])
 def test_classes_that_were_there_go_on_and_new_ones_start_from_their_samples(
-    workspace: Path, architecture: ModelConfig
+    workspace: Path, architecture: ModelConfig, settings: dict[str, Any]
 ) -> None:
-    first = train(run_config(workspace, architecture, classifier_lr=0.05))
+    first = train(run_config(workspace, architecture, classifier_lr=0.05, start="latest"))
+    assert first["start"] is None, "there was none"
     rows = pq.read_table(workspace / "samples/v1/train").to_pylist()
     numbers = {0: 2, 1: 0, 2: 3}
     for row in rows:
@@ -153,7 +155,9 @@ def test_classes_that_were_there_go_on_and_new_ones_start_from_their_samples(
     write_samples(workspace, "v2", rows)
 
     still = {"tower_lr": 1e-12, "classifier_lr": 1e-12, "epochs": 1}
-    second = train(run_config(workspace, architecture, samples="v2", start="latest", **still))
+    config = run_config(workspace, architecture, samples="v2", start="latest", **still, **settings)
+    second = train(config)
+    assert train(config)["version"] == second["version"], "what is asked for again is there"
     assert (second["start"], second["kept_classes"], second["classes"]) == (first["version"], 3, 4)
     before, after = (classifier(workspace, report) for report in (first, second))
     for old, new in numbers.items():
@@ -166,6 +170,12 @@ def test_classes_that_were_there_go_on_and_new_ones_start_from_their_samples(
     for name, value in trained.items():
         torch.testing.assert_close(went_on[name], value, rtol=0, atol=1e-9)
 
+    # As if it had been stopped before its last epoch.
+    shutil.rmtree(workspace / "models" / second["version"])
+    run = Checkpoints(open_storage(str(workspace)), second["fingerprint"])
+    shutil.rmtree(workspace / run.folder / f"epoch-{settings.get('rounds', 1) - 1:05d}")
+    torch.testing.assert_close(classifier(workspace, train(config)), after, rtol=0, atol=1e-9)
+
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
@@ -173,7 +183,7 @@ def test_a_run_goes_on_from_a_model_whose_encoder_was_trained(workspace: Path, a
     tuning = {"epochs": 1, "from_block": 1, "batch_size": 6, "encoder_lr": 0.01}
     first = train(run_config(workspace, architecture, epochs=1, fine_tune=tuning))
     still = {"tower_lr": 1e-12, "classifier_lr": 1e-12, "encoder_lr": 1e-12}
-    settings = {"epochs": 1, "start": "latest", "tower_lr": 1e-12, "classifier_lr": 1e-12}
+    settings = {"epochs": 1, "start": first["version"], "tower_lr": 1e-12, "classifier_lr": 1e-12}
     frozen = train(run_config(workspace, architecture, **settings))
     tuned = train(run_config(workspace, architecture, **settings, fine_tune={**tuning, **still}))
     trained = weights(workspace, first)
@@ -198,7 +208,7 @@ def classifier(workspace: Path, report: dict[str, Any]) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("start", "error", "sentence"),
     [
-        ("latest", StorageError, "models: nothing is published here; run the job that writes models/"),
+        ("unknown", StorageError, r"samples/v0/classes\.parquet: missing; train\.start tells classes by the items"),
         ("none-such", StorageError, "models/none-such: no such published version"),
         ("other", ConfigError, r"^train\.start: model other has another model\.dim: 16; set it so, or start from none"),
     ],
@@ -206,11 +216,11 @@ def classifier(workspace: Path, report: dict[str, Any]) -> torch.Tensor:
 def test_a_model_that_it_cannot_start_from_is_one_sentence(
     workspace: Path, architecture: ModelConfig, start: str, error: type[Exception], sentence: str
 ) -> None:
-    if start == "other":
-        storage = open_storage(str(workspace))
-        config = architecture.model_copy(update={"dim": 16}).model_dump_json()
-        storage.write("models/other/config.json", config.encode())
-        versions.publish(storage, "models", "other", {"samples": "v1"})
+    storage = open_storage(str(workspace))
+    for name, dim in (("other", 16), ("unknown", architecture.dim)):
+        config = architecture.model_copy(update={"dim": dim}).model_dump_json()
+        storage.write(f"models/{name}/config.json", config.encode())
+        versions.publish(storage, "models", name, {"samples": "v0"})
     with pytest.raises(error, match=sentence):
         train(run_config(workspace, architecture, start=start))
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from mixer_platform.storage import open_storage
-from mixer_platform.train.start import NEW, kept_classes, mean_of_samples, read_rows
+from mixer_platform.train.start import NEW, kept_classes, read_rows, sums_by_class
 
 
 def classes(*members: str) -> pa.Table:
@@ -28,7 +28,8 @@ def classes(*members: str) -> pa.Table:
         (["abcde", "f"], ["ab", "cde", "f"], [NEW, 0, 1]),  # split: the larger part
         (["abcd"], ["ab", "cd"], [0, NEW]),  # into equal parts: the first
         (["ab", "cde"], ["abcde"], [1]),  # merged: the larger one
-        (["ab", "cd"], ["ac", "bd"], [0, NEW]),  # mixed up
+        (["ab", "cd"], ["ac", "bd"], [0, 1]),  # mixed up
+        (["abc", "d"], ["ab", "cd"], [0, 1]),  # its second choice is free
         (["ab"], ["x", "y"], [NEW, NEW]),
     ],
 )
@@ -63,8 +64,8 @@ def test_rows_are_read_by_class_from_however_many_files(tmp_path: Path) -> None:
     assert read_rows(storage, "m", np.array([], np.int64)).shape == (0, 3)
 
 
-def test_a_new_class_begins_in_the_middle_of_its_samples() -> None:
+def test_samples_are_summed_by_class() -> None:
     embeddings = torch.tensor([[1.0, 0], [0, 1], [0.6, 0.8], [-1, 0]])
-    rows = mean_of_samples(embeddings, torch.tensor([5, 5, 2, 9]), np.array([2, 5, 7]))
-    assert mean_of_samples(embeddings, torch.tensor([5, 5, 2, 9]), np.array([], np.int64)).shape == (0, 2)
-    np.testing.assert_allclose(rows, [[0.6, 0.8], [0.5**0.5, 0.5**0.5], [0, 0]], atol=1e-6)
+    rows = sums_by_class(embeddings, torch.tensor([5, 5, 2, 9]), np.array([2, 5, 7]))
+    assert sums_by_class(embeddings, torch.tensor([5, 5, 2, 9]), np.array([], np.int64)).shape == (0, 2)
+    np.testing.assert_allclose(rows, [[0.6, 0.8], [1, 1], [0, 0]], atol=1e-6)

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from mixer_platform.errors import MixerError
 from mixer_platform.loopback import free_ports, open_url
-from mixer_platform.serve.ingress import own_ports
+from mixer_platform.serve.ingress import OWN_PORTS, own_ports
 from mixer_platform.versions import commit
 
 ROOT = Path(__file__).parents[3]
@@ -45,7 +45,8 @@ class LocalCluster:
         self.logs = logs
         self.mark = secrets.token_hex(8)
         names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port")
-        self._ports = dict(zip(names, free_ports(len(names)), strict=True))
+        free = free_ports(len(names) + OWN_PORTS)
+        self._ports = dict(zip(names, free[: len(names)], strict=True))
         self.dashboard = self._ports["dashboard-port"]
         self._url = f"http://127.0.0.1:{self.dashboard}"
         self._environment = os.environ | {
@@ -56,7 +57,7 @@ class LocalCluster:
             **dict.fromkeys(("no_proxy", "NO_PROXY"), _past_proxies()),
             "PATH": f"{programs or Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONUNBUFFERED": "1",
-            **own_ports(),
+            **own_ports(free[len(names) :]),
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nobody else asks the service: end at once
             "MIXER_COMMIT": commit(ROOT) or "",  # jobs get the files, not the repository
             "HF_HUB_OFFLINE": "1",  # the demo's encoders are packages

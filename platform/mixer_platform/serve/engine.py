@@ -24,7 +24,7 @@ class Query:
     """What is searched for: a photo, or a unit embedding float32 [dim]; the k nearest that `where` lets pass.
 
     `engine`: whose embedding and whose columns those are, so who must answer, whatever has come in meanwhile.
-    `shown`: how many of the k may be shown, default all: the display columns of the others are not read.
+    `shown`: how many of the k may be shown, default all: the others' display columns are not read.
     """
 
     photo: bytes | None
@@ -98,7 +98,10 @@ class Engine:
         self.attributes = merge_attributes([attributes for _, attributes in described])
 
     async def answer(self, queries: list[Query]) -> list[Ranking | ApiError]:
-        """Return each query's ranking, or why its photo cannot be used. Raises ApiError where no part answers."""
+        """Return each query's ranking, or why its photo cannot be used. Raises ApiError where no part answers.
+
+        `describe` comes first: it says which columns there are.
+        """
         return await self._parts.run(self._answer, queries)
 
     async def _answer(self, queries: list[Query]) -> list[Ranking | ApiError]:

@@ -1,4 +1,4 @@
-"""What answers a query: `QueryEncoder` and `ShardSearch`, beside the one who asks or deployed on their own."""
+"""What answers a query: `QueryEncoder` and `ShardSearch`, beside the one who asks or, as `ShardApart`, deployed."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ class SentRows:
 
     def items(self, ids: np.ndarray, schema: pa.Schema) -> list[dict[str, Any]]:
         """Do as `Shard.items`."""
-        reader = RowReader(self.table)
         numbers = {identity: number for number, identity in enumerate(self.table["id"].to_pylist())}
-        wanted = [numbers.get(identity) for identity in ids.tolist()]
-        return [{} if number is None else reader.read(number, schema) for number in wanted]
+        here = [numbers[identity] for identity in ids.tolist() if identity in numbers]
+        found = iter(RowReader(self.table).read(here, schema))
+        return [next(found) if identity in numbers else {} for identity in ids.tolist()]
 
     def __reduce__(self) -> tuple[Callable[[pa.Buffer], SentRows], tuple[pa.Buffer]]:
         # Ray takes tables apart in Python, buffer by buffer: for few rows that takes longer than the search.

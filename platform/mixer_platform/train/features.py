@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mixer.config import ModelConfig
 from mixer.embedder import ImageFeatures, TextFeatures
+from mixer.encoders import image_encoder
 from mixer.export import export_encoders
 from mixer.images import augment
 from mixer.sampling import EpochPlan
@@ -38,9 +39,10 @@ _log = logging.getLogger(__name__)
 
 def cache_features(storage: Storage, samples: str, model: ModelConfig, train: TrainConfig) -> str:
     """Compute `features/<version>/` for a samples version unless it is there, and return the version."""
-    whole = starting_model(storage, train.start, model)
-    settings = [model.image_encoder, model.text_encoder, model.max_tokens, model.pooling, train.views, train.seed]
-    if train.start and (trained := _digest(whole.image_encoder)) != _digest(MixerModel(model).image_encoder):
+    seed = train.seed if train.views > 1 else 0  # of what is augmented
+    settings = [model.image_encoder, model.text_encoder, model.max_tokens, model.pooling, train.views, seed]
+    whole = starting_model(storage, train.start, model) if train.start else None
+    if whole and (trained := _digest(whole.image_encoder)) != _digest(image_encoder(model.image_encoder)):
         settings.append(trained)
     fingerprint = versions.fingerprint(versions.fingerprint_of(samples), *settings)
     if done := versions.find(storage, KIND, fingerprint):
@@ -49,7 +51,7 @@ def cache_features(storage: Storage, samples: str, model: ModelConfig, train: Tr
     version = versions.new_version(fingerprint)
     folder = f"{KIND}/{version}"
     with tempfile.TemporaryDirectory() as scratch:
-        export_encoders(whole, Path(scratch))
+        export_encoders(whole or MixerModel(model), Path(scratch))
         versions.upload(storage, Path(scratch), f"{folder}/encoders")
     rows = ray.data.read_parquet(storage.path(f"samples/{samples}/train"), filesystem=storage.filesystem)
     # Small blocks: an item costs many times a photo, and the actors shall end together.

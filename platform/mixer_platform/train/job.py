@@ -48,15 +48,16 @@ def train(config: RunConfig) -> dict[str, Any]:
     """Train on a samples version and publish `models/<version>/`; return its manifest. A model there is kept.
 
     An interrupted run goes on from its last checkpoint, also with another number of workers.
-    Raises StorageError when there are no samples, ConfigError when an encoder cannot be had.
+    Raises StorageError when there are no samples or no model to start from, ConfigError when an encoder cannot be had
+    or the model to start from is of another architecture.
     """
     started = time.monotonic()
     storage = open_storage(config.workspace)
     samples = versions.require(storage, "samples", config.train.samples)
-    start = start_of(storage, config.train.start, config.model)
+    start = start_of(storage, config.train.start, config.model, samples["version"])
     learning = config.train.model_copy(update={"start": start["version"] if start else None})
     # What changes neither the samples nor the steps makes no new run.
-    settings = learning.model_dump(exclude=_NOT_LEARNED_FROM, exclude_none=True)
+    settings = learning.model_dump(exclude=_NOT_LEARNED_FROM if start else _NOT_LEARNED_FROM | {"start"})
     run = versions.fingerprint(versions.fingerprint_of(samples["version"]), config.model.model_dump(), settings)
     if done := versions.find(storage, KIND, run):
         _log.info("model %s is there already", done["version"])
@@ -66,7 +67,6 @@ def train(config: RunConfig) -> dict[str, Any]:
         widths = encoder_widths(config.model, config.train.fine_tune)
     except EncoderError as error:
         raise ConfigError(f"model: {error}") from error
-    features = cache_features(storage, samples["version"], config.model, learning)
     checkpoints = Checkpoints(storage, run)
     kept = 0
     if start:
@@ -75,6 +75,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         checkpoints.write_kept(going_on)
         kept = int((going_on != NEW).sum())
         _log.info("%d of %d classes go on from model %s", kept, samples["classes"], start["version"])
+    features = cache_features(storage, samples["version"], config.model, learning)
     job = {
         "workspace": storage.uri,
         "run": run,

@@ -30,6 +30,7 @@ from mixer_platform.train.stages import (
     read_samples,
     stage_of,
     stages_of,
+    start_classes,
     with_pictures,
 )
 
@@ -59,6 +60,8 @@ def train_worker(job: dict[str, Any]) -> None:
     if "name" in state:
         trainer.load_tower_state(checkpoints.read_towers(state["name"]), state["step"])
         trainer.load_head_state(checkpoints.read_classes(state["name"], trainer.head.owned), state["step"])
+    else:
+        start_classes(job, trainer, samples, rows, device)
 
     chance = class_chances(samples.labels.numpy(), config.skew)
     last = config.rounds * config.epochs + config.fine_tune.epochs
@@ -66,7 +69,7 @@ def train_worker(job: dict[str, Any]) -> None:
     for epoch in range(start, last):
         if stage_of(config, epoch) > stage:
             stage = stage_of(config, epoch)
-            samples, trainer = next_stage(job, stage, samples, len(rows), trainer, device)
+            samples, trainer = next_stage(job, stage, samples, rows, trainer, device)
             if rank == 0:
                 checkpoints.write_targets(stage, samples.targets)
         size = stages[stage].batch_size

@@ -22,9 +22,10 @@ from mixer_platform.train.checkpoints import Checkpoints
 from mixer_platform.train.engine import HybridTrainer
 from mixer_platform.train.features import FeatureSamples
 from mixer_platform.train.pictures import PictureSamples
-from mixer_platform.train.start import NEW, mean_of_samples, read_rows, starting_model
+from mixer_platform.train.start import NEW, read_rows, starting_model, sums_by_class
 
 Samples = FeatureSamples | PictureSamples
+_GATHERED = 65_536  # embeddings
 
 
 def stages_of(config: TrainConfig) -> list[TrainConfig]:
@@ -60,20 +61,23 @@ def with_pictures(job: dict[str, Any], samples: Samples) -> PictureSamples:
 
 
 def next_stage(
-    job: dict[str, Any], stage: int, samples: Samples, rows: int, trainer: HybridTrainer, device: torch.device
+    job: dict[str, Any], stage: int, samples: Samples, rows: np.ndarray, trainer: HybridTrainer, device: torch.device
 ) -> tuple[Samples, HybridTrainer]:
-    """Return what a stage but the first learns from and its trainer, given those of the stage before.
+    """Return what a stage but the first learns from, `rows` of the samples, and its trainer, given those of the stage
+    before.
 
-    A round begins with an untrained model and with the targets that the trained one believes; fine-tuning goes on with
-    the model and the targets that it finds.
+    A round begins with the model that the run started from and with the targets that the trained one believes;
+    fine-tuning goes on with the model and the targets that it finds.
     """
     config = TrainConfig.model_validate(job["train"])
     settings = stages_of(config)[stage]
     if stage == config.rounds:
         samples = with_pictures(job, samples)
-        return samples, new_trainer(job, settings, samples, rows, device, trainer)
+        return samples, new_trainer(job, settings, samples, len(rows), device, trainer)
     samples.targets = relabelled(trainer, samples, config, device)
-    return samples, new_trainer(job, settings, samples, rows, device)
+    trainer = new_trainer(job, settings, samples, len(rows), device)
+    start_classes(job, trainer, samples, rows, device)
+    return samples, trainer
 
 
 def new_trainer(
@@ -116,26 +120,30 @@ def new_trainer(
     if before is not None:
         tower.load_state_dict(before.engine.module.state_dict(), strict=False)  # what it lacks was not trained
         head.weight.copy_(before.head_state()["weight"])
-    trainer = HybridTrainer(tower.to(device), head, config, config.epochs * -(-rows // config.batch_size))
-    if config.start and before is None:
-        start_classes(job, trainer, samples, device)
-    return trainer
+    return HybridTrainer(tower.to(device), head, config, config.epochs * -(-rows // config.batch_size))
 
 
 @torch.no_grad()
-def start_classes(job: dict[str, Any], trainer: HybridTrainer, samples: Samples, device: torch.device) -> None:
-    """Give the classes that are kept their rows of the model that the run starts from, and the new ones the mean of
-    their samples, as that model embeds them. A collective call."""
+def start_classes(
+    job: dict[str, Any], trainer: HybridTrainer, samples: Samples, rows: np.ndarray, device: torch.device
+) -> None:
+    """Give the classes that are kept their rows of the model that the run starts from, if it does from one, and the new
+    ones the mean of their samples among `rows`, as that model embeds them. A collective call."""
     config, head, storage = trainer.config, trainer.head, open_storage(job["workspace"])
+    if not config.start:
+        return
     kept = Checkpoints(storage, job["run"]).read_kept()
     owned = slice(head.owned.start, head.owned.stop)
     weight = read_rows(storage, str(config.start), kept[owned])
     new = np.flatnonzero(kept == NEW)
-    if len(new):
-        theirs = np.flatnonzero(np.isin(samples.labels.numpy(), new))
-        embeddings = embedded(trainer, samples, theirs, 0, config.batch_size, device)
-        mine = new[(new >= owned.start) & (new < owned.stop)]
-        weight[mine - owned.start] = mean_of_samples(embeddings, samples.labels[theirs], mine)
+    mine = new[(new >= owned.start) & (new < owned.stop)]
+    theirs = rows[np.isin(samples.labels[rows].numpy(), new)]
+    sums = torch.zeros(len(mine), weight.shape[1])
+    for start in range(0, len(theirs), _GATHERED):  # every worker sees all of them, so not at once
+        part = theirs[start : start + _GATHERED]
+        embeddings = embedded(trainer, samples, part, 0, config.batch_size, device)
+        sums += sums_by_class(embeddings, samples.labels[part], mine)
+    weight[mine - owned.start] = F.normalize(sums, dim=1)
     head.weight.copy_(weight)
 
 

@@ -13,33 +13,40 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load
 from torch import Tensor
 
 from mixer.config import ModelConfig
 from mixer.towers import CONFIG, WEIGHTS, MixerModel
 from mixer_platform import versions
-from mixer_platform.errors import ConfigError
+from mixer_platform.errors import ConfigError, MissingError, StorageError
 from mixer_platform.storage import Storage
 
 MODELS = "models"
 NEW = -1
 
 
-def start_of(storage: Storage, wanted: str | None, architecture: ModelConfig) -> dict[str, Any] | None:
-    """Return the manifest of the model that a run starts from, None for an untrained one.
+def start_of(storage: Storage, wanted: str | None, architecture: ModelConfig, samples: str) -> dict[str, Any] | None:
+    """Return the manifest of the model that a run over a samples version starts from, None for an untrained one.
 
+    "latest" is the newest that learned from other samples, if there is any: a run that is asked for again is the same.
     Raises StorageError if there is none, ConfigError if it is of another architecture.
     """
     if wanted is None:
         return None
-    found = versions.require(storage, MODELS, wanted)
-    config = versions.read_json(storage, f"{MODELS}/{found['version']}/{CONFIG}")
-    other = {name for name, value in architecture.model_dump().items() if config.get(name) != value}
-    if other:
+    if wanted == "latest":
+        named = (versions.manifest(storage, MODELS, version) for version in storage.folders(MODELS))
+        others = [found for found in named if found and found["samples"] != samples]
+        found = max(others, key=lambda each: each["created_ms"], default=None)
+        if found is None:
+            return None
+    else:
+        found = versions.require(storage, MODELS, wanted)
+    config = ModelConfig.model_validate(versions.read_json(storage, f"{MODELS}/{found['version']}/{CONFIG}"))
+    theirs, ours = config.model_dump(), architecture.model_dump()
+    if other := min((name for name in ours if theirs[name] != ours[name]), default=None):
         raise ConfigError(
-            f"train.start: model {found['version']} has another model.{min(other)}: {config.get(min(other))!r}; "
+            f"train.start: model {found['version']} has another model.{other}: {theirs[other]!r}; "
             "set it so, or start from none"
         )
     return found
@@ -55,25 +62,36 @@ def starting_model(storage: Storage, start: str | None, architecture: ModelConfi
 
 
 def classes_of(storage: Storage, samples: str) -> pa.Table:
-    """Return class_id and item_ids of a samples version."""
-    content = storage.read(f"samples/{samples}/classes.parquet")
+    """Return class_id and item_ids of a samples version. Raises StorageError if it was deleted."""
+    key = f"samples/{samples}/classes.parquet"
+    try:
+        content = storage.read(key)
+    except MissingError as error:
+        raise StorageError(
+            f"{storage.uri}/{key}: missing; train.start tells classes by the items that a model learned from: keep its "
+            "samples, or start from another model"
+        ) from error
     return pq.read_table(pa.BufferReader(content), columns=["class_id", "item_ids"])
 
 
 def kept_classes(before: pa.Table, now: pa.Table, count: int) -> np.ndarray:
     """Return which earlier class each of `count` classes goes on from, int64 [count], `NEW` for none.
 
-    It is the one with which it shares most items. Where an earlier class was split, the part with most of its items
-    has it, and the others are new; of equal ones the first. Both tables have class_id and item_ids.
+    It is the one with which it shares most items, of those that no class has which shares more; of equal ones the
+    first. Where an earlier class was split, the part with most of its items has it. Both tables have class_id and
+    item_ids.
     """
     pairs = _members(before, "before").join(_members(now, "now"), "item_id", join_type="inner")
     shared = pairs.group_by(["before", "now"]).aggregate([([], "count_all")])
     shared = shared.sort_by([("count_all", "descending"), ("now", "ascending"), ("before", "ascending")])
-    for end in ("now", "before"):  # the first row of each has its largest share
-        _, first = np.unique(shared[end].to_numpy(), return_index=True)
-        shared = shared.take(pa.array(np.sort(first)))
+    ours, theirs = shared["now"].to_numpy(), shared["before"].to_numpy()
     kept = np.full(count, NEW)
-    kept[shared["now"].to_numpy()] = shared["before"].to_numpy()
+    while len(ours):
+        best_of_ours, best_of_theirs = (np.unique(side, return_index=True)[1] for side in (ours, theirs))
+        first = np.intersect1d(best_of_ours, best_of_theirs)
+        kept[ours[first]] = theirs[first]
+        left = ~np.isin(ours, ours[first]) & ~np.isin(theirs, theirs[first])
+        ours, theirs = ours[left], theirs[left]
     return kept
 
 
@@ -97,8 +115,8 @@ def read_rows(storage: Storage, model: str, wanted: np.ndarray) -> Tensor:
     return rows
 
 
-def mean_of_samples(embeddings: Tensor, labels: Tensor, wanted: np.ndarray) -> Tensor:
-    """Return the direction of the mean of each wanted class's samples, unit rows [n, dim]; 0 for one without samples.
+def sums_by_class(embeddings: Tensor, labels: Tensor, wanted: np.ndarray) -> Tensor:
+    """Return the sum of each wanted class's samples, [n, dim].
 
     Args:
         embeddings: [m, dim] of samples.
@@ -107,5 +125,4 @@ def mean_of_samples(embeddings: Tensor, labels: Tensor, wanted: np.ndarray) -> T
     """
     mine = torch.from_numpy(np.isin(labels.numpy(), wanted))
     places = torch.from_numpy(np.searchsorted(wanted, labels[mine].numpy()))
-    sums = torch.zeros(len(wanted), embeddings.shape[1]).index_add_(0, places, embeddings[mine])
-    return F.normalize(sums, dim=1)
+    return torch.zeros(len(wanted), embeddings.shape[1]).index_add_(0, places, embeddings[mine])
