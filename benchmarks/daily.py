@@ -1,6 +1,6 @@
 """What it is worth to go on from yesterday's model (train.start) as items come and classes change.
 
-    .venv/bin/python benchmarks/daily.py --data FOLDER [--seeds 3] [--epochs 1,3,15]
+    .venv/bin/python benchmarks/daily.py --data FOLDER [--seeds 3] [--epochs 1,5,15]
 
 A model learns from the first 70 % of the logs and 80 % of the items of FOLDER (Parquet, as in quality.py). Then all of
 it is prepared anew, and each number of epochs is trained twice: from an untrained model, and going on. Both are asked
@@ -33,16 +33,14 @@ from mixer_platform.train.job import train
 LOGGED, LISTED = 0.7, 0.8  # shares of what there is in all that the earlier model learns from
 
 
-def write_first_days(data: Path, folder: Path, seed: int) -> None:
+def write_first_days(data: Path, folder: Path) -> None:
     """Write what there was of the logs and items before; everything else is linked."""
     folder.mkdir()
     items, logs = pq.read_table(data / "items.parquet"), pq.read_table(data / "logs")
     for path in data.iterdir():
         if path.name not in ("items.parquet", "logs"):
             (folder / path.name).symlink_to(path)
-    listed = items.take(
-        pa.array(np.sort(np.random.default_rng(seed).permutation(len(items))[: int(LISTED * len(items))]))
-    )
+    listed = items.take(pa.array(np.sort(np.random.default_rng(0).permutation(len(items))[: int(LISTED * len(items))])))
     times = logs["timestamp_ms"].to_numpy()
     early = pc.less_equal(logs["timestamp_ms"], int(np.quantile(times, LOGGED)))
     known = pc.is_in(logs["item_id"], listed["item_id"].combine_chunks())
@@ -61,17 +59,14 @@ def compare(data: Path, workspace: Path, seeds: int, epochs: list[int]) -> dict[
     seconds: dict[str, list[float]] = {}
     kept, classes = [], []
     item_ids = pq.read_table(data / "items.parquet")["item_id"].to_pylist()
+    before = workspace / "before"
+    write_first_days(data, before)
+    earlier, everything = (prepare(configured(each, workspace, 0))["version"] for each in (before, data))
     for seed in range(seeds):
-        before = workspace / f"before-{seed}"
-        write_first_days(data, before, seed)
-        prepare(configured(before, workspace, seed))
-        first = train(configured(before, workspace, seed))
-        everything = prepare(configured(data, workspace, seed))
+        first = train(configured(before, workspace, seed, f"train.samples={earlier}"))
 
-        def learned(
-            name: str, *overrides: str, seed: int = seed, samples: str = everything["version"]
-        ) -> dict[str, Any]:
-            config = configured(data, workspace, seed, f"train.samples={samples}", *overrides)
+        def learned(name: str, *overrides: str, seed: int = seed) -> dict[str, Any]:
+            config = configured(data, workspace, seed, f"train.samples={everything}", *overrides)
             model = train(config)
             hits.setdefault(name, []).append(published_hits(config, model["version"], item_ids)[:, 0])
             seconds.setdefault(name, []).append(model["seconds"] - model["seconds_features"])
@@ -103,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder with items, queries, logs and val")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", default="1,3,15", metavar="N,N")
+    parser.add_argument("--epochs", default="1,5,15", metavar="N,N")
     arguments = parser.parse_args()
     epochs = [int(count) for count in arguments.epochs.split(",")]
     connect()
