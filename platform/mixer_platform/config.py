@@ -62,7 +62,7 @@ class FineTuneConfig(Section):
 class TrainConfig(Section):
     samples: str = Field("latest", description="version of samples/ to learn from")
     start: str | None = Field(
-        None, description="version of models/ to go on from, such as latest; null: an untrained model"
+        None, description="version of models/ to go on from; latest: of other samples, if any; null: an untrained model"
     )
     workers: int = Field(2, ge=1)
     cpus_per_worker: float = Field(0.5, gt=0, description="leave whole CPUs to Ray Data, or feeding waits for ever")

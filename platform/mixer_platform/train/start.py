@@ -30,7 +30,7 @@ def start_of(storage: Storage, wanted: str | None, architecture: ModelConfig, sa
     """Return the manifest of the model that a run over a samples version starts from, None for an untrained one.
 
     "latest" is the newest that learned from other samples, if there is any: a run that is asked for again is the same.
-    Raises StorageError if there is none, ConfigError if it is of another architecture.
+    Raises StorageError if there is no such version, ConfigError if it is of another architecture.
     """
     if wanted is None:
         return None
