@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from mixer.images import ImagePreprocess
 from mixer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Device = Literal["cpu", "cuda", "tensorrt"]
 
 QUERY_GRAPH = "query.onnx"
 ITEM_GRAPH = "item.onnx"
@@ -18,20 +25,24 @@ TEXT_GRAPH = "text.onnx"
 TOKENIZER = "tokenizer"
 SETTINGS = "embedder.json"
 
+# What a provider cannot compute falls to the next one.
+_PROVIDERS: dict[Device, tuple[str, ...]] = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+
+
+class DeviceError(RuntimeError):
+    """onnxruntime cannot compute on the wished device; the message says why and what to do."""
+
 
 class _Graph:
-    """One ONNX graph on as many CPU threads as given, or on the GPU if onnxruntime has it."""
+    """One ONNX graph on a device; on the CPU, on as many threads as given."""
 
-    def __init__(self, folder: str | Path, name: str, threads: int) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others share the cores
-        self._session = onnxruntime.InferenceSession(
-            str(Path(folder) / name), options, providers=onnxruntime.get_available_providers()
-        )
+    def __init__(self, folder: str | Path, name: str, threads: int, device: Device = "cpu") -> None:
+        """Raises DeviceError."""
+        self._session = _open_session(Path(folder) / name, threads, device)
         settings = json.loads((Path(folder) / SETTINGS).read_text())
         self.preprocess = ImagePreprocess(**settings["preprocess"])
         self.dim: int = settings["dim"]
@@ -40,6 +51,37 @@ class _Graph:
     def run(self, **inputs: np.ndarray) -> np.ndarray:
         (output,) = self._session.run(None, inputs)
         return output
+
+
+def _open_session(path: Path, threads: int, device: Device) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # others share the cores
+    providers = _PROVIDERS[device]
+    if device == "cpu":
+        return onnxruntime.InferenceSession(str(path), options, providers=providers)
+    if providers[0] not in onnxruntime.get_available_providers():
+        raise DeviceError(f"this onnxruntime is not made for {device}; install the project's gpu extra, or take cpu")
+    onnxruntime.preload_dlls()  # CUDA and cuDNN of Python's packages, which torch brings
+    if device == "tensorrt":
+        try:
+            importlib.import_module("tensorrt")  # it loads its libraries, which onnxruntime would not find
+        except ImportError as error:
+            raise DeviceError('tensorrt is not installed; pip install "tensorrt-cu13<11", or take cuda') from error
+    # Left to itself it says in its log only that it computes on the CPU instead.
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        found = session.get_providers()[0]
+    except Exception as error:
+        raise DeviceError(f"onnxruntime cannot use {device} here: {' '.join(str(error).split())}") from error
+    if found != providers[0]:
+        raise DeviceError(
+            f"onnxruntime cannot use {device} here; its log, above, names the library or the driver that is missing"
+        )
+    return session
 
 
 class ImageFeatures:
@@ -70,8 +112,9 @@ class TextFeatures:
 class QueryEmbedder:
     """Query photos to unit embeddings."""
 
-    def __init__(self, folder: str | Path, threads: int = 1) -> None:
-        self._graph = _Graph(folder, QUERY_GRAPH, threads)
+    def __init__(self, folder: str | Path, threads: int = 1, device: Device = "cpu") -> None:
+        """`threads` are the CPU's. Raises DeviceError."""
+        self._graph = _Graph(folder, QUERY_GRAPH, threads, device)
         self.preprocess, self.dim = self._graph.preprocess, self._graph.dim
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
@@ -82,8 +125,9 @@ class QueryEmbedder:
 class ItemEmbedder:
     """Items, with picture, text or both, to unit embeddings."""
 
-    def __init__(self, folder: str | Path, threads: int = 1) -> None:
-        self._graph = _Graph(folder, ITEM_GRAPH, threads)
+    def __init__(self, folder: str | Path, threads: int = 1, device: Device = "cpu") -> None:
+        """`threads` are the CPU's. Raises DeviceError."""
+        self._graph = _Graph(folder, ITEM_GRAPH, threads, device)
         self.preprocess, self.dim = self._graph.preprocess, self._graph.dim
         self._tokenizer = Tokenizer(Path(folder) / TOKENIZER, self._graph.max_tokens)
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from mixer.config import MOST_SCALE, ModelConfig
+from mixer.embedder import Device
 from mixer.labeling import LabelingConfig
 from mixer_platform.errors import ConfigError
 from mixer_platform.simulate.config import SimulateConfig
@@ -40,6 +41,14 @@ class Section(BaseModel):
     """A part of the configuration: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _check_device(name: str, device: Device, gpus: float) -> None:
+    """Raise ValueError unless an actor gets a share of a GPU if, and only if, it computes on one."""
+    if device != "cpu" and not gpus:
+        raise ValueError(f"{name}_gpus is 0 and {name}_device {device}; give each a share of a GPU, such as 0.25")
+    if device == "cpu" and gpus:
+        raise ValueError(f"{name}_gpus {gpus:g} would lie idle, for {name}_device is cpu; set it to cuda")
 
 
 class PrepareConfig(Section):
@@ -128,6 +137,8 @@ class IndexConfig(Section):
     factory: str = Field("auto", description="FAISS factory string; auto: what fulfils the wishes fastest")
     recall_queries: int = Field(200, ge=1, description="queries on which recall@10 is measured against exact search")
     embedders: int = Field(1, ge=1, description="actors that embed items")
+    embedder_device: Literal["cpu", "cuda"] = Field("cpu", description="where items are embedded")
+    embedder_gpus: float = Field(0, ge=0, le=1, description="share of a GPU that each embedder has to itself")
     batch_size: int = Field(32, ge=1)
     partition_items: int = Field(20_000, ge=1, description="items embedded and written together; a kill costs no more")
     changes: str | None = Field(None, description="update: folder with items, new or changed, and deleted (item_id)")
@@ -135,6 +146,11 @@ class IndexConfig(Section):
     version: str = Field("current", description="publish, verify and describe: version of index/")
     keep: int = Field(3, ge=1, description="gc: versions served last that stay")
     grace_hours: float = Field(24, ge=0, description="gc: what is younger stays, for it may be in the making")
+
+    @model_validator(mode="after")
+    def _embedders_have_their_device(self) -> IndexConfig:
+        _check_device("embedder", self.embedder_device, self.embedder_gpus)
+        return self
 
 
 class EvaluateConfig(Section):
@@ -170,6 +186,8 @@ class ServeConfig(Section):
     )
     beside: Size = Field(2 * 10**9, description="auto: vectors up to this size are searched beside the encoder")
     encoder_threads: int = Field(2, ge=1, description="of one encoder; batches in work at a time share them")
+    encoder_device: Device = Field("cpu", description="where photos are encoded, by onnxruntime")
+    encoder_gpus: float = Field(0, ge=0, le=1, description="share of a GPU that each replica with an encoder has")
     concurrent_batches: int = Field(2, ge=1, description="batches that an encoder, or a replica, has in work at a time")
     max_batch: int = Field(4, ge=1, description="photos encoded together, of those that wait")
     max_queued: int = Field(12, ge=1, description="photos waiting in a replica before new ones get 503")
@@ -211,6 +229,11 @@ class ServeConfig(Section):
         1, ge=0, le=1, description="of answered requests that are written down; refused and failed ones always are"
     )
     trace_share: float = Field(0.01, ge=0, le=1, description="of requests; one whose caller records it is recorded too")
+
+    @model_validator(mode="after")
+    def _encoders_have_their_device(self) -> ServeConfig:
+        _check_device("encoder", self.encoder_device, self.encoder_gpus)
+        return self
 
 
 class RunConfig(Section):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from mixer_platform.cli import mixer_error_in
@@ -13,6 +14,7 @@ from mixer_platform.errors import ConfigError, InputError, StorageError, Version
 from mixer_platform.gallery import read_manifest
 from mixer_platform.index.job import build, compact, update
 from mixer_platform.index.lifecycle import describe, gc, publish, rollback, verify
+from mixer_platform.index.worker import ItemWorker, Job
 from tests.index.conftest import ITEMS, Shop  # type: ignore[import-not-found]
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -32,6 +34,13 @@ def same(found: list, expected: list) -> None:
 def identities(shop: Shop) -> dict[str, int]:
     parts = [(shard.item_ids(), shard.segments[0].ids.tolist()) for shard in shop.shards()]
     return {item: identity for part in parts for item, identity in zip(*part, strict=True)}
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="onnxruntime knows CUDA")
+def test_an_embedder_without_its_device_names_the_key(shop: Shop) -> None:
+    job = Job(shop.storage.uri, "v", "model-a", 4, [], 32, "cuda")
+    with pytest.raises(ConfigError, match=r"^index\.embedder_device: this onnxruntime is not made for cuda; "):
+        ItemWorker(job)
 
 
 def test_a_build_is_searched_as_its_embeddings_are(shop: Shop) -> None:

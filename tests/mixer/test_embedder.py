@@ -6,16 +6,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
 
 from mixer.config import ModelConfig
-from mixer.embedder import ItemEmbedder, QueryEmbedder, item_text
+from mixer.embedder import DeviceError, ItemEmbedder, QueryEmbedder, item_text
 from mixer.export import export_model
 from mixer.towers import MixerModel
+
+GPU = torch.cuda.is_available() and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,31 @@ def test_the_number_of_threads_changes_nothing(exported: tuple[MixerModel, Path]
     pixels = np.stack([np.asarray(picture(seed, 32, 32)) for seed in range(3)])
     one, two = (QueryEmbedder(exported[1], threads)(pixels) for threads in (1, 2))
     assert one == pytest.approx(two, abs=1e-5)
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_device_that_is_not_there_is_an_error(exported: tuple[MixerModel, Path], device: Any) -> None:
+    """And not, as onnxruntime has it, a slow CPU."""
+    said = rf"^this onnxruntime is not made for {device}; install|^onnxruntime cannot use {device}|tensorrt is not inst"
+    for embedder in (QueryEmbedder, ItemEmbedder):
+        with pytest.raises(DeviceError, match=said) as error:
+            embedder(exported[1], device=device)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(not GPU, reason="needs onnxruntime-gpu and a GPU")
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_gpu_embeds_as_a_cpu_does(exported: tuple[MixerModel, Path], device: Any) -> None:
+    if device == "tensorrt":
+        pytest.importorskip("tensorrt")
+    pixels = np.stack([np.asarray(picture(seed, 32, 32)) for seed in range(5)])
+    wanted = QueryEmbedder(exported[1])(pixels)
+    embedder = QueryEmbedder(exported[1], device=device)
+    for count in (1, 5, 2):
+        assert embedder(pixels[:count]) == pytest.approx(wanted[:count], abs=5e-3)  # TF32 has 10 bits
+    items = ItemEmbedder(exported[1], device=device)(list(pixels), ["red apples"] * 5)
+    assert items == pytest.approx(ItemEmbedder(exported[1])(list(pixels), ["red apples"] * 5), abs=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,14 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str, said: str) -
         ("evaluate.ks=[0]", "command line: evaluate.ks.0: expected greater than or equal to 1, found 0"),
         ('train={"epochs": 0}', "command line: train.epochs: expected greater than or equal to 1, found 0"),
         ("train={epocs: 3}", "command line: train.epocs: unknown key; did you mean epochs?"),
+        (
+            "serve.encoder_device=cuda",
+            "command line: serve: encoder_gpus is 0 and encoder_device cuda; give each a share of a GPU, such as 0.25",
+        ),
+        (
+            "index.embedder_gpus=1",
+            "command line: index: embedder_gpus 1 would lie idle, for embedder_device is cpu; set it to cuda",
+        ),
         ("workspace=", "command line: workspace: expected a valid string, found None"),
     ],
 )

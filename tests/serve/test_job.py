@@ -21,8 +21,9 @@ from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import ConfigError, MixerError, StorageError, VersionError
 from mixer_platform.serve import job
-from mixer_platform.serve.app import application, build
+from mixer_platform.serve.app import application, backend, build
 from mixer_platform.serve.keys import make_key
+from tests.serve.conftest import INDEX
 
 Photo = Callable[..., bytes]
 
@@ -152,6 +153,23 @@ def test_bounds_of_replicas_are_checked(fresh_workspace: Any):
     )
     with pytest.raises(ConfigError, match=r"serve\.shard: min_replicas 5 is above max_replicas 2"):
         application_of(config)
+
+
+@pytest.mark.parametrize("layout", ["beside", "deployments"])
+def test_the_replicas_with_an_encoder_ask_for_its_gpu(fresh_workspace: Any, layout: str):
+    settings = {"keys": False, "layout": layout, "encoder_device": "cuda", "encoder_gpus": 0.25}
+    config = RunConfig.model_validate({**fresh_workspace.config.model_dump(), "serve": settings})
+
+    def gpus(app: ray_serve.Application) -> dict[str, float]:
+        bound = app._bound_deployment  # private, but before it runs there is nobody else to ask
+        parts = [each for each in bound.init_args if isinstance(each, ray_serve.Application)]
+        found = {bound.name: bound.ray_actor_options.get("num_gpus", 0)}
+        return found | {name: share for part in parts for name, share in gpus(part).items()}
+
+    asked = gpus(application_of(config))
+    assert asked == ({"Ingress": 0.25} if layout == "beside" else {"Ingress": 0, "Backends": 0})
+    shards = {f"shard-{number:05d}": 0 for number in range(3)}
+    assert gpus(backend(config, INDEX)) == {"Backend": 0, "QueryEncoder": 0.25, **shards}
 
 
 def test_the_builder_reads_the_configuration_and_its_overrides(

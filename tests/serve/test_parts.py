@@ -8,10 +8,14 @@ import threading
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pyarrow as pa
 import pytest
 
-from mixer_platform.serve.parts import Beside, Found, Part, SentRows
+from mixer_platform.config import ServeConfig
+from mixer_platform.errors import ConfigError
+from mixer_platform.serve.parts import Beside, Found, Part, QueryEncoder, SentRows
+from tests.serve.conftest import MODEL, Workspace
 
 
 class Meeting:
@@ -70,3 +74,12 @@ def test_what_a_shard_found_travels():
         {"title": None, "tags": [], "none": None},
     ]
     assert len(pickle.dumps(SentRows(rows[:0]))) < len(pickle.dumps(sent))  # not what lies around them
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="onnxruntime knows CUDA")
+def test_an_encoder_without_its_device_names_the_key(workspace: Workspace):
+    config = ServeConfig(encoder_device="cuda", encoder_gpus=0.5)
+    with pytest.raises(
+        ConfigError, match=r"^serve\.encoder_device: this onnxruntime is not made for cuda; install the "
+    ):
+        QueryEncoder(workspace.config.workspace, MODEL, config)

@@ -39,7 +39,7 @@ def embed_items(storage: Storage, items: InputFiles, model: str, known: Chain, c
     partitions = partitions_for(count_rows(items), config.partition_items)
     # The model's version, not its fingerprint: trained again it is the same up to rounding only.
     version = versions.fingerprint(items.storage.uri, items.tags, pictures_tag(items), model, partitions)
-    job = Job(storage.uri, version, model, partitions, known, config.batch_size)
+    job = Job(storage.uri, version, model, partitions, known, config.batch_size, config.embedder_device)
     manifest = _embed(storage, job, read_input(items), {"base": None}, config)
     if not manifest["items"]:
         raise InputError(f"{items.storage.uri}/items: no item has a usable picture or a text; nothing to index")
@@ -66,7 +66,8 @@ def embed_changes(storage: Storage, changes: Changes, base: Chain, config: Index
         parts.append(read_input(changes.deleted).map_batches(name, batch_format="pyarrow", batch_size=None))
     rows = parts[0].union(*parts[1:]) if parts[1:] else parts[0]
     version, below = versions.fingerprint(base[0]["version"], content), base[0]["version"]
-    job = Job(storage.uri, version, base[0]["model"], base[0]["partitions"], base, config.batch_size)
+    model, partitions = base[0]["model"], base[0]["partitions"]
+    job = Job(storage.uri, version, model, partitions, base, config.batch_size, config.embedder_device)
     return _embed(storage, job, rows, {"base": below, "changes": content}, config)
 
 
@@ -97,6 +98,7 @@ def _embed(
         fn_constructor_args=(job,),
         batch_format="pyarrow",
         num_cpus=0.5,
+        num_gpus=config.embedder_gpus or None,
         compute=ray.data.ActorPoolStrategy(size=config.embedders),
     )
     embedded.materialize()

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mixer.embedder import ITEM_GRAPH, SETTINGS, TOKENIZER, ItemEmbedder, item_text
+from mixer.embedder import ITEM_GRAPH, SETTINGS, TOKENIZER, Device, DeviceError, ItemEmbedder, item_text
 from mixer.images import ImagePreprocess, UnreadableImage, decode
 from mixer_platform import versions
-from mixer_platform.errors import InputError, MissingError
+from mixer_platform.errors import ConfigError, InputError, MissingError
 from mixer_platform.index.embeddings import (
     DELETED,
     LEFT_OUT,
@@ -55,6 +55,7 @@ class Job(NamedTuple):
     partitions: int
     known: Chain
     batch_size: int
+    device: Device
 
 
 class Content(NamedTuple):
@@ -83,7 +84,11 @@ class ItemWorker:
         self.storage = open_storage(job.uri)
         with tempfile.TemporaryDirectory() as scratch:
             names = (ITEM_GRAPH, SETTINGS, TOKENIZER)
-            self.embedder = ItemEmbedder(versions.fetch(self.storage, f"models/{job.model}", scratch, names))
+            folder = versions.fetch(self.storage, f"models/{job.model}", scratch, names)
+            try:
+                self.embedder = ItemEmbedder(folder, device=job.device)
+            except DeviceError as error:
+                raise ConfigError(f"index.embedder_device: {error}") from error
         self.threads = ThreadPoolExecutor(_READERS)
 
     def __call__(self, rows: pa.Table) -> pa.Table:

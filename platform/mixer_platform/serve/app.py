@@ -52,7 +52,7 @@ def application(config: RunConfig) -> serve.Application:
     beside = are_beside(config, read_checked(open_storage(config.workspace), config, version))
     # Room for more than the queue holds: it refuses first, as JSON; Serve says it in text.
     room = 4 * (settings.max_queued + settings.max_batch)
-    ingress = _deployment(Ingress, "Ingress", settings.ingress, room)
+    ingress = _deployment(Ingress, "Ingress", settings.ingress, room, settings.encoder_gpus if beside else 0)
     if beside:
         return ingress.bind(config, version, True)
     backends = serve.deployment(
@@ -66,7 +66,7 @@ def backend(config: RunConfig, version: str) -> serve.Application:
     storage, settings = open_storage(config.workspace), config.serve
     manifest = read_checked(storage, config, version)
     ongoing = settings.concurrent_batches
-    encoder = _deployment(Part, ENCODER, settings.encoder, ongoing).bind(
+    encoder = _deployment(Part, ENCODER, settings.encoder, ongoing, settings.encoder_gpus).bind(
         QueryEncoder, ongoing, storage.uri, manifest.model, settings
     )
     shards = [
@@ -79,10 +79,12 @@ def backend(config: RunConfig, version: str) -> serve.Application:
     return root.bind(encoder, *shards)
 
 
-def _deployment(implementation: type, name: str, replicas: ReplicasConfig, ongoing: int) -> serve.Deployment:
+def _deployment(
+    implementation: type, name: str, replicas: ReplicasConfig, ongoing: int, gpus: float = 0
+) -> serve.Deployment:
     return serve.deployment(
         name=name,
-        ray_actor_options={"num_cpus": replicas.cpus},
+        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": gpus},
         logging_config=LOGGING,
         autoscaling_config=AutoscalingConfig(
             min_replicas=replicas.min_replicas,

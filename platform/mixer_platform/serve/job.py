@@ -136,7 +136,7 @@ def _wait_until_running() -> None:
         time.sleep(0.1)
     raise MixerError(
         f"{' and '.join(waiting)} did not start within {START_TIMEOUT_S:g} s; see `serve status`: the cluster may have "
-        "too few CPUs for serve.ingress, serve.encoder and serve.shard"
+        "too few CPUs for serve.ingress, serve.encoder and serve.shard, or GPUs for serve.encoder_gpus"
     )
 
 

@@ -19,10 +19,11 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from mixer.embedder import QUERY_GRAPH, SETTINGS, QueryEmbedder
+from mixer.embedder import QUERY_GRAPH, SETTINGS, DeviceError, QueryEmbedder
 from mixer.images import UnreadableImage, decode
 from mixer_platform import gallery
 from mixer_platform.config import ServeConfig
+from mixer_platform.errors import ConfigError
 from mixer_platform.filters import Filter
 from mixer_platform.gallery import MISSING, Shard, ShardEntry
 from mixer_platform.item_ids import probes
@@ -105,14 +106,22 @@ class QueryEncoder:
     """Photos to unit embeddings."""
 
     def __init__(self, workspace: str, model: str, config: ServeConfig) -> None:
-        """Load the model's query graph. Raises StorageError."""
+        """Load the model's query graph. Raises StorageError, and ConfigError for a device that cannot be used."""
         trace_replica(config)
         self._copy = fetch(workspace, f"{MODELS}/{model}", (QUERY_GRAPH, SETTINGS))
-        # Batches at a time share the cores among them; one alone has them all. Each has a session of its own.
-        self._alone = QueryEmbedder(self._copy.folder, config.encoder_threads)
-        self._beside_others = QueryEmbedder(
-            self._copy.folder, max(1, config.encoder_threads // config.concurrent_batches)
-        )
+        try:
+            self._alone = QueryEmbedder(self._copy.folder, config.encoder_threads, config.encoder_device)
+        except DeviceError as error:
+            raise ConfigError(f"serve.encoder_device: {error}") from error
+        self._beside_others = self._alone
+        if config.encoder_device == "cpu":
+            # Batches at a time share the cores among them; one alone has them all. Each has a session of its own.
+            shared = max(1, config.encoder_threads // config.concurrent_batches)
+            self._beside_others = QueryEmbedder(self._copy.folder, shared)
+        else:
+            size = self._alone.preprocess.size
+            for photos in range(1, config.max_batch + 1):  # a GPU's kernels are chosen at the first batch of a size
+                self._alone(np.zeros((photos, size, size, 3), np.uint8))
         self._running, self._lock = 0, threading.Lock()
 
     def encode(self, photos: Sequence[bytes], expires: float) -> tuple[np.ndarray, list[str | None]]:
