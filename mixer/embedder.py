@@ -101,7 +101,7 @@ class TextFeatures:
 
     def __init__(self, folder: str | Path, threads: int = 1) -> None:
         self._graph = _Graph(folder, TEXT_GRAPH, threads)
-        self._tokenizer = Tokenizer(Path(folder) / TOKENIZER, self._graph.max_tokens)
+        self._tokenizer = Tokenizer.load(Path(folder) / TOKENIZER, self._graph.max_tokens)
 
     def __call__(self, texts: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
         """Encode n texts into float32 [n, tokens, width] and int64 mask [n, tokens], all 0 where a text is missing."""
@@ -129,7 +129,7 @@ class ItemEmbedder:
         """`threads` are the CPU's. Raises DeviceError."""
         self._graph = _Graph(folder, ITEM_GRAPH, threads, device)
         self.preprocess, self.dim = self._graph.preprocess, self._graph.dim
-        self._tokenizer = Tokenizer(Path(folder) / TOKENIZER, self._graph.max_tokens)
+        self._tokenizer = Tokenizer.load(Path(folder) / TOKENIZER, self._graph.max_tokens)
 
     def __call__(self, pixels: Sequence[np.ndarray | None], texts: Sequence[str | None]) -> np.ndarray:
         """Embed n items into float32 [n, dim]; each has preprocessed pixels uint8 [size, size, 3], a text or both."""

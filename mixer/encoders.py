@@ -122,9 +122,9 @@ class TextEncoder(nn.Module):
         path = _text_path(name)
         try:
             self.net = AutoModel.from_pretrained(path)
+            self.tokenizer = Tokenizer.from_transformers(path, max_tokens)
         except (OSError, ValueError) as error:
             raise EncoderError(f"text encoder {name}: {_first_sentence(error)}") from error
-        self.tokenizer = Tokenizer(path, max_tokens)
         self.width: int = self.net.config.hidden_size
         self.requires_grad_(False)
 

@@ -56,16 +56,19 @@ def test_items_are_preprocessed_tokenized_and_embedded(exported: tuple[MixerMode
         assert embedder(prepared[row : row + 1], texts[row : row + 1])[0] == pytest.approx(found[row], abs=1e-4)
 
 
-def test_queries_need_neither_torch_nor_transformers_nor_ray(exported: tuple[MixerModel, Path], tmp_path: Path) -> None:
+def test_inference_needs_neither_torch_nor_transformers_nor_ray(
+    exported: tuple[MixerModel, Path], tmp_path: Path
+) -> None:
     model, folder = exported
     program = f"""
 import io, sys
 import numpy as np
-from mixer.embedder import QueryEmbedder
+from mixer.embedder import ItemEmbedder, QueryEmbedder
 from mixer.images import decode
 embedder = QueryEmbedder({str(folder)!r}, threads=1)
 pixels = np.stack([embedder.preprocess(decode(open({str(tmp_path)!r} + f"/{{n}}.png", "rb").read())) for n in range(3)])
 np.save({str(tmp_path / "found.npy")!r}, embedder(pixels))
+ItemEmbedder({str(folder)!r})([pixels[0]], ["red apples"])
 print(sorted({{"torch", "transformers", "ray"}} & {{name.split(".")[0] for name in sys.modules}}))
 """
     pictures = [picture(seed, 50 + 9 * seed) for seed in range(3)]

@@ -14,7 +14,7 @@ PAD, CLS, SEP = 0, 2, 3
 
 @pytest.fixture
 def tokenizer(bert_path: str) -> Tokenizer:
-    return Tokenizer(bert_path, max_tokens=6)
+    return Tokenizer.from_transformers(bert_path, max_tokens=6)
 
 
 def test_texts_are_padded_to_the_longest_and_missing_ones_masked(tokenizer: Tokenizer) -> None:
@@ -49,7 +49,7 @@ def test_a_batch_without_any_text_has_a_place_to_attend_to(tokenizer: Tokenizer,
 
 def test_what_is_saved_reads_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "tokenizer")
-    again = Tokenizer(tmp_path / "tokenizer", max_tokens=6)
+    again = Tokenizer.load(tmp_path / "tokenizer", max_tokens=6)
     texts = ["Red APPLES . sweet", None, "something unheard of"]
     for found, expected in zip(again(texts), tokenizer(texts), strict=True):
         assert np.array_equal(found, expected)
