@@ -101,7 +101,8 @@ def fine_tuned_seconds(bench: Bench) -> float:
     model.image_encoder.train_from(tuning.from_block)
     storage = open_storage(bench.config.workspace)
     version = versions.require(storage, "samples", "latest")["version"]
-    pictures = PictureSamples(storage, version, model, 0)
+    preprocess, tokenizer = model.image_encoder.preprocess, model.text_encoder.tokenizer
+    pictures = PictureSamples(bench.config.workspace, version, preprocess, tokenizer, 0)
     pictures.targets = bench.samples.targets
     plan = plan_epoch(len(pictures.labels), pictures.views, 0, 0, config.text_dropout, config.image_dropout)
     batches = list(decoded(pictures, plan.batches(config.batch_size, 1, 0), plan))

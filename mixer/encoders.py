@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mixer.images import ImagePreprocess
 from mixer.tokenizer import Tokenizer
@@ -59,6 +61,12 @@ class ImageEncoder(nn.Module):
         self.requires_grad_(False)
         for module in self.blocks[block:] if block is not None else ():
             module.requires_grad_(True)
+
+    def checkpoint_activations(self) -> None:
+        """Keep for the backward pass what enters each block only, and compute the rest again there."""
+        for block in self.blocks:
+            if not isinstance(block, nn.ModuleList):  # parts that are called one by one
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class EfficientNetLite0(ImageEncoder):

@@ -8,6 +8,7 @@ exponentials, and the logits of the classes that samples name.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +25,7 @@ from mixer.targets import PADDING, Targets
 
 _NONE = -1e4  # a logit whose exponential is 0; unlike -inf, it has a gradient
 _BLOCK = 4096  # classes drawn from one seed
+Lap = Callable[[str], None]
 _KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -66,11 +68,13 @@ class ShardedMarginSoftmax(nn.Module):
         precision: of the products. In bf16 a cosine is off by less than 2^-7; where samples name the class it is not.
         chunk: number of classes whose logits exist at once. A step needs about 12 (samples + dim) bytes for each.
 
-    `optimizer` steps the classes in the backward pass and must be set before anything else.
+    `optimizer` steps the classes in the backward pass and must be set before anything else. `lap` is told, as each part
+    of a step ends, that it was "softmax" or "communication".
     """
 
     weight: Tensor
     optimizer: RowOptimizer
+    lap: Lap = staticmethod(lambda part: None)
 
     def __init__(
         self,
@@ -133,8 +137,10 @@ class ShardedMarginSoftmax(nn.Module):
             self.optimizer,
         )
         if self.world > 1:
+            self.lap("softmax")
             both = _SumOverRanks.apply(torch.cat([total[:, None], named], dim=1), self.group)
             total, named = both[:, 0], both[:, 1:]
+            self.lap("communication")
         return evidence_loss(total, named, known, self.scale * self.margin)
 
     @torch.no_grad()
@@ -185,9 +191,11 @@ class ShardedMarginSoftmax(nn.Module):
         counts = [torch.zeros(1, dtype=torch.int64, device=embeddings.device) for _ in range(self.world)]
         dist.all_gather(counts, torch.tensor([len(embeddings)], device=embeddings.device), self.group)
         sizes = [int(count) for count in counts]
-        everyone = _GatherRows.apply(embeddings, sizes, self.rank, self.group)
+        everyone = _GatherRows.apply(embeddings, sizes, self.rank, self.group, self.lap)
         assert isinstance(everyone, Tensor)
-        return everyone, Targets.unpacked(gather_rows(targets.packed(), sizes, self.group))
+        known = Targets.unpacked(gather_rows(targets.packed(), sizes, self.group))
+        self.lap("communication")
+        return everyone, known
 
 
 def evidence_loss(total: Tensor, named: Tensor, targets: Targets, margin: float) -> Tensor:
@@ -241,16 +249,20 @@ class _GatherRows(torch.autograd.Function):
     """`gather_rows` whose gradient is summed over the ranks: each saw the logits of its own classes only."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int], rank: int, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.sizes, ctx.rank, ctx.group = sizes, rank, group
+    def forward(
+        ctx: Any, rows: Tensor, sizes: list[int], rank: int, group: dist.ProcessGroup | None, lap: Lap
+    ) -> Tensor:
+        ctx.sizes, ctx.rank, ctx.group, ctx.lap = sizes, rank, group, lap
         return gather_rows(rows, sizes, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.lap("softmax")
         gradient = gradient.contiguous()
         dist.all_reduce(gradient, group=ctx.group)
+        ctx.lap("communication")
         start = sum(ctx.sizes[: ctx.rank])
-        return gradient[start : start + ctx.sizes[ctx.rank]], None, None, None
+        return gradient[start : start + ctx.sizes[ctx.rank]], None, None, None, None
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -31,6 +31,22 @@ class Batch:
         """Return the batch on `device`."""
         return Batch(*(getattr(self, field.name).to(device) for field in fields(self)))
 
+    def parts(self, count: int) -> list[Batch]:
+        """Cut the batch into `count`, each with its share of the photos and of the items; some may be empty."""
+        photos = torch.arange(len(self.photos), device=self.photos.device).tensor_split(count)
+        items = torch.arange(len(self.pictures), device=self.photos.device).tensor_split(count)
+        return [
+            Batch(
+                photos=self.photos[mine],
+                pictures=self.pictures[theirs],
+                has_image=self.has_image[theirs],
+                tokens=self.tokens[theirs],
+                token_mask=self.token_mask[theirs],
+                targets=self.targets[torch.cat([mine, theirs + len(self.photos)])],
+            )
+            for mine, theirs in zip(photos, items, strict=True)
+        ]
+
     def targets_by_branch(self, weight: float) -> Targets:
         """Return the targets of what a tower gives when asked for branches too, [q + 3i].
 

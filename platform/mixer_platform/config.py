@@ -63,6 +63,12 @@ class FineTuneConfig(Section):
     epochs: int = Field(0, ge=0, description="after those of the rounds; 0: the encoder stays as it is")
     from_block: int = Field(6, ge=0, description="the first block of the image encoder that learns; 0: all of it")
     batch_size: int = Field(64, ge=1, description="samples a step, over all workers")
+    checkpoint_activations: bool = Field(
+        False, description="keep what enters each block of the image encoder only, and compute the rest again"
+    )
+    decoders: int = Field(
+        0, ge=0, description="Ray Data actors, of a CPU each, that make each worker's batches; 0: threads of the worker"
+    )
     encoder_lr: float = Field(3e-4, gt=0)
     tower_lr: float = Field(3e-4, gt=0)
     classifier_lr: float = Field(3e-3, gt=0)
@@ -74,10 +80,16 @@ class TrainConfig(Section):
         None, description="version of models/ to go on from; latest: of other samples, if any; null: an untrained model"
     )
     workers: int = Field(2, ge=1)
+    least_workers: int | None = Field(
+        None, ge=1, description="go on with so few while the cluster has no room for all workers; null: wait for all"
+    )
     cpus_per_worker: float = Field(0.5, gt=0, description="leave whole CPUs to Ray Data, or feeding waits for ever")
     gpus_per_worker: float = Field(0, ge=0)
     epochs: int = Field(15, ge=1, description="of each round, over cached features of the frozen encoder")
     batch_size: int = Field(256, ge=1, description="samples a step, over all workers")
+    micro_batch: int | None = Field(
+        None, ge=1, description="samples of a worker whose activations are in memory at a time; null: all of its batch"
+    )
     rounds: int = Field(
         1, ge=1, description="trainings from the start; each but the first learns from what the one before believes"
     )
@@ -114,7 +126,9 @@ class TrainConfig(Section):
     )
     text_dropout: float = Field(0.2, ge=0, lt=1, description="share of item samples trained without their text")
     image_dropout: float = Field(0.1, ge=0, lt=1, description="share of item samples trained without their picture")
-    zero_stage: Literal[0, 1, 2] = Field(0, description="3 would cut the towers, which are small")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="what of the towers is cut over the workers: moments, gradients (2), parameters (3)"
+    )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: towers and classifier multiply in it; weights stay fp32"
     )
@@ -124,6 +138,12 @@ class TrainConfig(Section):
     fine_tune: FineTuneConfig = FineTuneConfig()
     max_failures: int = Field(2, ge=0, description="how often Ray Train restarts the workers before it gives up")
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _least_workers_are_fewer(self) -> TrainConfig:
+        if self.least_workers and self.least_workers > self.workers:
+            raise ValueError(f"least_workers {self.least_workers} is above workers {self.workers}; lower it")
+        return self
 
 
 class IndexConfig(Section):

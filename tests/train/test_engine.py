@@ -24,14 +24,17 @@ from mixer_platform.train.checkpoints import Checkpoints, name_of
 
 STEPS, CLASSES, PHOTOS, ITEMS = 6, 7, 10, 8
 IMAGE_WIDTH, TEXT_WIDTH = 12, 8
-# ZeRO stage, precision and the softmax's scale. A small one keeps gradients below the clipping norm, which would hide
-# a wrong factor; a large one has them clipped.
-MODES = {
+# ZeRO stage, precision, the softmax's scale and, perhaps, the samples embedded at a time. A small scale keeps gradients
+# below the clipping norm, which would hide a wrong factor; a large one has them clipped.
+MODES: dict[str, tuple[Any, ...]] = {
     "zero0": (0, "fp32", 0.5),
     "zero1": (1, "fp32", 0.5),
     "zero2": (2, "fp32", 0.5),
     "zero0-clipped": (0, "fp32", 8.0),
     "zero2-clipped": (2, "fp32", 8.0),
+    "zero0-parts": (0, "fp32", 0.5, 2),
+    "zero2-parts": (2, "fp32", 8.0, 2),
+    "zero3": (3, "fp32", 0.5),
     "zero1-bf16": (1, "bf16", 0.5),  # the last: DeepSpeed's autocast is a setting of the process
 }
 STOPS = [2, 4, STEPS]  # 2 workers, then 1, then 3
@@ -47,7 +50,9 @@ PARTS = [
 ]
 
 
-def make_trainer(zero_stage: int, precision: str, scale: float, restored: bool = False) -> Any:
+def make_trainer(
+    zero_stage: int, precision: str, scale: float, micro_batch: int | None = None, restored: bool = False
+) -> Any:
     from mixer_platform.train.engine import HybridTrainer
 
     torch.manual_seed(0)
@@ -57,7 +62,15 @@ def make_trainer(zero_stage: int, precision: str, scale: float, restored: bool =
         towers.fit_features(torch.randn(50, IMAGE_WIDTH) + 1)
     head = ShardedMarginSoftmax(architecture.dim, CLASSES, margin=0.2, scale=scale)
     head.reset(0)
-    config = TrainConfig(zero_stage=zero_stage, precision=precision, tower_lr=0.02, classifier_lr=0.05, warmup=0.3)
+    config = TrainConfig(
+        zero_stage=zero_stage,
+        precision=precision,
+        batch_size=12,
+        micro_batch=micro_batch,
+        tower_lr=0.02,
+        classifier_lr=0.05,
+        warmup=0.3,
+    )
     return HybridTrainer(FrozenTower(towers), head, config, STEPS)
 
 
@@ -161,10 +174,12 @@ def assert_equal(found: tuple, wanted: tuple, tolerance: float) -> None:
         )
 
 
-@pytest.mark.parametrize("mode", ["zero0", "zero1", "zero2", "zero0-clipped", "zero2-clipped"])
+@pytest.mark.parametrize(
+    "mode", ["zero0", "zero1", "zero2", "zero0-clipped", "zero2-clipped", "zero0-parts", "zero2-parts", "zero3"]
+)
 def test_two_processes_equal_one(runs: Path, mode: str) -> None:
     assert_equal(read(runs, f"{mode}-whole-2"), read(runs, f"{mode}-whole-1"), 1e-5)
-    plain = mode.replace(mode[:5], "zero0")
+    plain = "zero0-clipped" if MODES[mode][2] > 1 else "zero0"
     assert_equal(read(runs, f"{mode}-whole-2"), read(runs, f"{plain}-whole-1"), 1e-5)
 
 
@@ -174,7 +189,7 @@ def test_two_processes_equal_one_in_bf16(runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "tolerance"), [("zero0", 1e-5), ("zero1", 1e-5), ("zero2", 1e-5), ("zero1-bf16", 0.05)]
+    ("mode", "tolerance"), [("zero0", 1e-5), ("zero1", 1e-5), ("zero2", 1e-5), ("zero3", 1e-5), ("zero1-bf16", 0.05)]
 )
 def test_two_then_one_then_three_processes_equal_an_unbroken_run(runs: Path, mode: str, tolerance: float) -> None:
     assert_equal(read(runs, f"{mode}-broken"), read(runs, f"{mode}-whole-1"), tolerance)

@@ -48,6 +48,11 @@ def cached(workspace: Path, model: MixerModel) -> FeatureSamples:
     return FeatureSamples(open_storage(str(workspace)), "f", (16, 16), VIEWS, model.config.max_tokens)
 
 
+def picture_samples(workspace: Path, model: MixerModel) -> PictureSamples:
+    preprocess, tokenizer = model.image_encoder.preprocess, model.text_encoder.tokenizer
+    return PictureSamples(str(workspace), "v1", preprocess, tokenizer, seed=0)
+
+
 def plan(view: int = 0, drop_text: bool = False, drop_image: bool = False) -> EpochPlan:
     count = PHOTOS + ITEMS
     return EpochPlan(
@@ -142,7 +147,7 @@ def test_a_picture_that_broke_after_prepare_is_named(
             pq.read_table(workspace / "samples/v1/train")
         )
     with pytest.raises(InputError, match=said):
-        PictureSamples(open_storage(str(workspace)), "v1", model, seed=0).batch(np.array([0]), plan())
+        picture_samples(workspace, model).batch(np.array([0]), plan())
 
 
 def test_pooled_leaves_missing_pictures_out(cached: FeatureSamples, model: MixerModel) -> None:
@@ -159,7 +164,7 @@ def test_items_are_pooled_as_the_towers_do(cached: FeatureSamples, model: MixerM
 def test_pictures_as_needed_give_the_same_batches(
     cached: FeatureSamples, model: MixerModel, workspace: Path, samples: list[dict]
 ) -> None:
-    pictures = PictureSamples(open_storage(str(workspace)), "v1", model, seed=0)
+    pictures = picture_samples(workspace, model)
     rows = np.array([14, 3, 12, 15])
     for drops in ({}, {"drop_text": True}, {"drop_image": True}):
         one, other = pictures.batch(rows, plan(**drops)), cached.batch(rows, plan(**drops))

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mixer.targets import Targets, concatenate
-from mixer_platform.train.loop import held_out_recall, made_ahead, split_holdout
+from mixer_platform.train.feeding import made_ahead
+from mixer_platform.train.loop import held_out_recall, split_holdout
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.49])
@@ -35,7 +36,7 @@ def test_batches_made_ahead_come_in_order(count: int) -> None:
         made.append(int(part[0]))
         return int(part[0])
 
-    parts = [np.array([number]) for number in range(count)]
+    parts = [(np.array([number]),) for number in range(count)]
     for number, batch in enumerate(made_ahead(make, parts)):  # type: ignore[arg-type]
         assert batch == number  # type: ignore[comparison-overlap]
         assert len(made) <= number + 2, "more waits than one batch"

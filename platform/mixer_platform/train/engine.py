@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixer.row_adam import RowAdam
 from mixer.sampling import learning_rate_factor
 from mixer.softmax import ShardedMarginSoftmax
+from mixer.targets import Targets, concatenate
 from mixer.training import Batch
 from mixer_platform.config import TrainConfig
 from mixer_platform.train.stopwatch import Stopwatch
@@ -38,22 +40,60 @@ class HybridTrainer:
         self._rows = head.optimizer = RowAdam(head.weight, config.classifier_lr, config.weight_decay)
         self.step_count = 0
         self.watch = Stopwatch(head.weight.device)
+        head.lap = self.watch.lap
+        # Later stages of ZeRO send gradients while the backward pass makes them.
+        self._sends_apart = config.zero_stage < 2
+        self.engine.enable_backward_allreduce = not self._sends_apart
+        whole = -(-config.batch_size // head.world)
+        self._parts = -(-whole // min(config.micro_batch or whole, whole))
 
     def step(self, batch: Batch) -> float:
         """Learn from one global batch of which `batch` is this worker's part; return the global loss."""
         self._set_learning_rates()
         self.head.begin_step(self.config.seed, self.step_count)
-        branches = self.config.branch_weight > 0
-        embeddings = self.engine(batch, branches=branches).float()
-        self.watch.lap("towers")
-        embeddings.register_hook(self._back_from_softmax)
-        targets = batch.targets_by_branch(self.config.branch_weight) if branches else batch.targets
-        loss = self.head(embeddings, targets)
-        self.engine.backward(loss)
+        loss = self._learn(batch) if self._parts == 1 else self._learn_in_parts(batch.parts(self._parts))
         self.engine.step()
         self.step_count += 1
         self.watch.lap("towers")
-        return float(loss.detach())
+        return float(loss)
+
+    def _learn(self, batch: Batch) -> Tensor:
+        embeddings = self._embedded(batch)
+        self.watch.lap("towers")
+        embeddings.register_hook(self._back_from_softmax)
+        loss = self.head(embeddings, self._targets(batch))
+        self._backward(loss)
+        return loss.detach()
+
+    def _learn_in_parts(self, parts: list[Batch]) -> Tensor:
+        """Bring the same gradients with the activations of one part in memory at a time (GradCache, arXiv 2101.06983):
+        parts are embedded, the softmax sees all of them at once, and then each is embedded again and learned from."""
+        with torch.no_grad():
+            seen = [self._embedded(part) for part in parts]
+        self.watch.lap("towers")
+        embeddings = torch.cat(seen).requires_grad_()
+        loss = self.head(embeddings, concatenate([self._targets(part) for part in parts]))
+        loss.backward()
+        assert embeddings.grad is not None
+        gradients = self._back_from_softmax(embeddings.grad).split([len(part) for part in seen])
+        for number, (part, gradient) in enumerate(zip(parts, gradients, strict=True), 1):
+            self.engine.set_gradient_accumulation_boundary(number == len(parts))
+            self._backward((self._embedded(part) * gradient).sum())
+        return loss.detach()
+
+    def _embedded(self, batch: Batch) -> Tensor:
+        return self.engine(batch, branches=self.config.branch_weight > 0).float()
+
+    def _targets(self, batch: Batch) -> Targets:
+        weight = self.config.branch_weight
+        return batch.targets_by_branch(weight) if weight > 0 else batch.targets
+
+    def _backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+        if self._sends_apart:
+            self.watch.lap("towers")
+            self.engine.allreduce_gradients()
+            self.watch.lap("communication")
 
     def _back_from_softmax(self, gradient: Tensor) -> Tensor:
         """Return the embeddings' gradient as ZeRO wants it: it will divide it by the number of workers, but the loss
@@ -78,7 +118,9 @@ class HybridTrainer:
 
     def load_tower_state(self, state: dict[str, Tensor], step: int) -> None:
         """Go on from what `tower_state` gave, on any number of workers."""
-        if self.config.zero_stage:
+        if self.config.zero_stage == 3:
+            self._load_cut_parameters(state, step)
+        elif self.config.zero_stage:
             self._load_partitions(state, step)
         else:
             for name, parameter in self._trained():
@@ -103,6 +145,26 @@ class HybridTrainer:
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state[f"{moment}:{name}"], moment)
         zero.update_lp_params()
+
+    def _load_cut_parameters(self, state: dict[str, Tensor], step: int) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        zero = self.engine.optimizer
+        for partition in zero.fp32_partitioned_groups_flat:
+            moments = {moment: torch.zeros_like(partition) for moment in MOMENTS}
+            zero.optimizer.state[partition] = {"step": torch.tensor(float(step)), **moments}
+        for name, parameter in self._trained():
+            cut: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+            size = cut.numel()
+
+            def mine(value: Tensor, size: int = size) -> Tensor:
+                padded = F.pad(value.flatten(), (0, size * self.head.world - value.numel()))
+                return padded[size * self.head.rank : size * (self.head.rank + 1)].to(self.head.weight.device)
+
+            safe_set_local_fp32_param(parameter, mine(state[name]))
+            cut.data.copy_(mine(state[name]))
+            for moment in MOMENTS:
+                safe_set_local_optimizer_state(parameter, mine(state[f"{moment}:{name}"]), moment)
 
     def head_state(self) -> dict[str, Tensor]:
         """Return the rows of this worker's classes and their moments, each [owned classes, ..]."""

@@ -61,7 +61,7 @@ def cache_features(storage: Storage, samples: str, model: ModelConfig, train: Tr
         batch_format="pyarrow",
         batch_size=32,
         num_cpus=train.cpus_per_worker,
-        compute=ray.data.ActorPoolStrategy(size=train.workers),
+        compute=ray.data.ActorPoolStrategy(min_size=train.least_workers or train.workers, max_size=train.workers),
     )
     features.write_parquet(storage.path(f"{folder}/rows"), filesystem=storage.filesystem)
     versions.publish(storage, KIND, version, {"samples": samples, "views": train.views})

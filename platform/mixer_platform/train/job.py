@@ -31,14 +31,17 @@ from mixer_platform.train.start import MODELS, NEW, classes_of, kept_classes, st
 
 matplotlib.use("Agg")
 KIND = MODELS
-_NOT_LEARNED_FROM = {
-    "samples",
-    "workers",
-    "cpus_per_worker",
-    "gpus_per_worker",
-    "recall_every",
-    "max_failures",
-    "checkpoint_steps",
+_NOT_LEARNED_FROM: dict[str, Any] = {
+    "samples": True,
+    "workers": True,
+    "least_workers": True,
+    "cpus_per_worker": True,
+    "gpus_per_worker": True,
+    "micro_batch": True,
+    "recall_every": True,
+    "max_failures": True,
+    "checkpoint_steps": True,
+    "fine_tune": {"checkpoint_activations": True, "decoders": True},
 }
 _CURVES = ("loss", "held_out_r1")
 _log = logging.getLogger(__name__)
@@ -57,7 +60,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     start = start_of(storage, config.train.start, config.model, samples["version"])
     learning = config.train.model_copy(update={"start": start["version"] if start else None})
     # What changes neither the samples nor the steps makes no new run.
-    settings = learning.model_dump(exclude=_NOT_LEARNED_FROM if start else _NOT_LEARNED_FROM | {"start"})
+    settings = learning.model_dump(exclude=_NOT_LEARNED_FROM if start else {**_NOT_LEARNED_FROM, "start": True})
     run = versions.fingerprint(versions.fingerprint_of(samples["version"]), config.model.model_dump(), settings)
     if done := versions.find(storage, KIND, run):
         _log.info("model %s is there already", done["version"])
@@ -109,10 +112,10 @@ def train(config: RunConfig) -> dict[str, Any]:
 
 
 def _fit(job: dict[str, Any], config: RunConfig) -> None:
+    workers, resources = config.train.workers, {"CPU": config.train.cpus_per_worker}
     # Workers that report wait until they are asked again; every two seconds, as it comes, is longer than a short epoch.
     # Many workers take a while to ask.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(min(2.0, max(0.1, config.train.workers / 100))))
-    resources = {"CPU": config.train.cpus_per_worker}
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(min(2.0, max(0.1, workers / 100))))
     if config.train.gpus_per_worker:
         resources["GPU"] = config.train.gpus_per_worker
     with tempfile.TemporaryDirectory() as scratch:  # Ray Train wants one; checkpoints are in the workspace
@@ -120,7 +123,7 @@ def _fit(job: dict[str, Any], config: RunConfig) -> None:
             train_worker,
             train_loop_config=job,
             scaling_config=ScalingConfig(
-                num_workers=config.train.workers,
+                num_workers=(config.train.least_workers, workers) if config.train.least_workers else workers,
                 use_gpu=config.train.gpus_per_worker > 0,
                 resources_per_worker=resources,
             ),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,15 +14,15 @@ import torch
 import torch.distributed as dist
 
 from mixer.metrics import hit_at_k
-from mixer.sampling import EpochPlan, class_chances, plan_epoch
+from mixer.sampling import class_chances
 from mixer.targets import Targets
 from mixer.training import Batch
 from mixer_platform.config import TrainConfig
 from mixer_platform.storage import open_storage
 from mixer_platform.train.checkpoints import Checkpoints, name_of
 from mixer_platform.train.engine import HybridTrainer
+from mixer_platform.train.feeding import Samples, Schedule, batches_of
 from mixer_platform.train.stages import (
-    Samples,
     embedded,
     new_trainer,
     next_stage,
@@ -42,7 +41,7 @@ def train_worker(job: dict[str, Any]) -> None:
     """
     config = TrainConfig.model_validate(job["train"])
     checkpoints = Checkpoints(open_storage(job["workspace"]), job["run"])
-    world, rank = dist.get_world_size(), dist.get_rank()
+    rank = dist.get_rank()
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
 
@@ -63,30 +62,32 @@ def train_worker(job: dict[str, Any]) -> None:
     else:
         start_classes(job, trainer, samples, rows, device)
 
-    chance = class_chances(samples.labels.numpy(), config.skew)
+    feed: Iterator[Batch] | None = None
     last = config.rounds * config.epochs + config.fine_tune.epochs
     ended = time.monotonic()
     for epoch in range(start, last):
         if stage_of(config, epoch) > stage:
             stage = stage_of(config, epoch)
             samples, trainer = next_stage(job, stage, samples, rows, trainer, device)
+            feed = None
             if rank == 0:
                 checkpoints.write_targets(stage, samples.targets)
-        size = stages[stage].batch_size
-        dropout = (config.text_dropout, config.image_dropout)
-        plan = plan_epoch(len(samples.labels), samples.views, epoch, config.seed, *dropout, chance)
-        plan = EpochPlan(plan.order[np.isin(plan.order, rows)], plan.view, plan.drop_text, plan.drop_image)
-        batches = plan.batches(size, world, rank)
         done, total = (state["batches"], state["total_loss"]) if epoch == start and state["batches"] else (0, 0.0)
+        size = stages[stage].batch_size
+        if feed is None:
+            schedule = schedule_of(config, samples, rows, size)
+            ahead = range(epoch, next((e for e in range(epoch, last) if stage_of(config, e) > stage), last))
+            feed = batches_of(samples, schedule, ahead, done, config.fine_tune.decoders)
+        batches = len(schedule.epoch(epoch)[1])
         trainer.watch.start()
-        for number, batch in enumerate(made_ahead(partial(samples.batch, plan=plan), batches[done:]), done + 1):
+        for number, batch in enumerate(islice(feed, batches - done), done + 1):
             trainer.watch.lap("data")
             total += trainer.step(batch.to(device))
-            if config.checkpoint_steps and number % config.checkpoint_steps == 0 and number < len(batches):
+            if config.checkpoint_steps and number % config.checkpoint_steps == 0 and number < batches:
                 place = {"epoch": epoch, "batches": number, "total_loss": total, "history": history}
                 write_checkpoint(checkpoints, name_of(epoch, number), trainer, place)
             trainer.watch.start()
-        metrics = {"epoch": epoch, "loss": total / len(batches), **trainer.watch.shares()}
+        metrics = {"epoch": epoch, "loss": total / batches, **trainer.watch.shares()}
         ends = epoch + 1 == last or stage_of(config, epoch + 1) > stage
         if len(held_out) and (ends or (epoch + 1) % config.recall_every == 0):
             metrics["held_out_r1"] = held_out_recall(trainer, samples, held_out, size, device)
@@ -97,15 +98,19 @@ def train_worker(job: dict[str, Any]) -> None:
         ray.train.report(metrics)
 
 
-def made_ahead(make: Callable[[np.ndarray], Batch], parts: list[np.ndarray]) -> Iterator[Batch]:
-    """Yield the batch of each part; the next one is made while one is learned from."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = [pool.submit(make, part) for part in parts[:1]]
-        for part in parts[1:]:
-            coming.append(pool.submit(make, part))
-            yield coming.pop(0).result()
-        for made in coming:
-            yield made.result()
+def schedule_of(config: TrainConfig, samples: Samples, rows: np.ndarray, batch_size: int) -> Schedule:
+    """Return what this worker learns from in a stage over `rows` of the samples."""
+    return Schedule(
+        samples=len(samples.labels),
+        rows=rows,
+        views=samples.views,
+        seed=config.seed,
+        dropout=(config.text_dropout, config.image_dropout),
+        chance=class_chances(samples.labels.numpy(), config.skew),
+        batch_size=batch_size,
+        world=dist.get_world_size(),
+        rank=dist.get_rank(),
+    )
 
 
 def newest(checkpoints: Checkpoints, rank: int) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from mixer_platform.storage import open_storage
 from mixer_platform.train.checkpoints import Checkpoints
 from mixer_platform.train.engine import HybridTrainer
 from mixer_platform.train.features import FeatureSamples
+from mixer_platform.train.feeding import Samples
 from mixer_platform.train.pictures import PictureSamples
 from mixer_platform.train.start import NEW, read_rows, starting_model, sums_by_class
 
-Samples = FeatureSamples | PictureSamples
 _GATHERED = 65_536  # embeddings
 
 
@@ -54,8 +54,9 @@ def read_samples(job: dict[str, Any], config: TrainConfig) -> Samples:
 def with_pictures(job: dict[str, Any], samples: Samples) -> PictureSamples:
     """Return the same samples and targets, as pictures."""
     architecture = ModelConfig.model_validate(job["model"])
-    storage = open_storage(job["workspace"])
-    pictures = PictureSamples(storage, job["samples"], MixerModel(architecture), job["train"]["seed"])
+    model, seed = MixerModel(architecture), job["train"]["seed"]
+    preprocess, tokenizer = model.image_encoder.preprocess, model.text_encoder.tokenizer
+    pictures = PictureSamples(job["workspace"], job["samples"], preprocess, tokenizer, seed)
     pictures.targets = samples.targets
     return pictures
 
@@ -98,6 +99,8 @@ def new_trainer(
     if isinstance(samples, PictureSamples):
         model = starting_model(storage, config.start, architecture)
         model.image_encoder.train_from(config.fine_tune.from_block)
+        if config.fine_tune.checkpoint_activations:
+            model.image_encoder.checkpoint_activations()
         tower = WholeModel(model)
     elif config.start:
         tower = FrozenTower(starting_model(storage, config.start, architecture).towers)
@@ -118,7 +121,8 @@ def new_trainer(
     ).to(device)
     head.reset(config.seed)
     if before is not None:
-        tower.load_state_dict(before.engine.module.state_dict(), strict=False)  # what it lacks was not trained
+        learned = {name: value for name, value in before.tower_state().items() if ":" not in name}
+        tower.load_state_dict(learned, strict=False)  # what it lacks was not trained
         head.weight.copy_(before.head_state()["weight"])
     return HybridTrainer(tower.to(device), head, config, config.epochs * -(-rows // config.batch_size))
 
