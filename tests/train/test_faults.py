@@ -18,10 +18,12 @@ from typing import Any
 
 import boto3
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
 from moto.server import ThreadedMotoServer
+from ray._common.utils import reset_ray_address
 from safetensors.torch import load
 
 from mixer.config import ModelConfig
@@ -139,6 +141,31 @@ def test_the_driver_is_killed_and_started_again(workspace: Path, architecture: M
     wait(lambda: not training_workers() - others)
     assert not open_storage(str(workspace)).folders("models")
     check(finish(start(config)), str(workspace), unbroken, state["history"])
+
+
+def test_a_node_is_lost_and_those_that_are_left_go_on(
+    workspace: Path, architecture: ModelConfig, unbroken: tuple
+) -> None:
+    settings = {"cpus_per_worker": 3, "least_workers": 1}  # a node has room for one
+    config = make_config(str(workspace), architecture)
+    config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
+    address = ray.get_runtime_context().gcs_address
+    command = [Path(sys.executable).with_name("ray"), "start", f"--address={address}", "--num-cpus=3", "--block"]
+    node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait(lambda: ray.cluster_resources()["CPU"] == 7)
+        driver = start(config)
+        state = wait(lambda: within_an_epoch(str(workspace)))
+        assert state["world"] == 2
+    finally:
+        for process in [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]:
+            process.kill()
+        node.wait()
+        reset_ray_address()  # `ray start` notes the cluster for whoever starts Ray on this machine next
+    check(finish(driver), str(workspace), unbroken, state["history"])
+    run = checkpoints_of(str(workspace))
+    assert run is not None
+    assert run.latest()["world"] == 1
 
 
 def test_the_storage_fails_for_a_while(
