@@ -4,10 +4,9 @@
 
 The bare loop has the same towers, classifier, optimizers and number of threads in one process, and its batches wait in
 memory; the trainer is the train job with one worker: Ray Train, DeepSpeed, batches made anew, a checkpoint an epoch.
-Seconds are the median of the epochs but the first; of fine-tuning, the second of two in the trainer, for the first makes
-the model, and one epoch of the bare loop, whose pictures are decoded before. The same trainer with two workers of
-one thread tells what a second one brings. Prints a table and, as its last line, one JSON object. FOLDER as in
-quality.py.
+Seconds are the median of the epochs but the first; of fine-tuning, the second of two in the trainer, for the first
+makes the model, and one of the bare loop, whose pictures are decoded before. The same trainer with two workers of one
+thread tells what a second one brings. Prints a table and, as its last line, one JSON object. FOLDER as in quality.py.
 """
 
 from __future__ import annotations
