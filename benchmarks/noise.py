@@ -1,12 +1,17 @@
-"""How much wrong clicks cost: the project's own marketplace, simulated again with more and more of them.
+"""How much wrong clicks cost: a marketplace with more and more of them.
 
     .venv/bin/python benchmarks/noise.py [--things 800] [--seeds 3] [--levels 0 0.2 0.4 0.6]
+    .venv/bin/python benchmarks/noise.py --data FOLDER [--wrong 0.42] [--seeds 3] [--levels 0.42 0.5 0.6]
 
-Things, pictures, demand and the engine stay the same; what changes is the share of people's clicks that are on wrong
-items. The same methods as in quality.py learn from each set of logs, with the demo's configuration. Prints a table with
-95 % bootstrap intervals over photos and, as its last line, one JSON object. Label quality is held against the
-simulator's truth: how many photos are samples at all, how many of these have the class of the thing that they show as
-their likeliest, and how many items share a class with another thing.
+The first simulates the project's own marketplace again and again: things, pictures, demand and the engine stay the
+same, the share of people's clicks that are on wrong items changes. The second takes a marketplace as it is, of whose
+clicks a share --wrong is known to be wrong, and moves clicks to another item that was seen on the same page, with the
+dwell time of the simulator's wrong clicks and without what was bought after them, until the wished share is wrong.
+
+The same methods as in quality.py learn from each set of logs, with the demo's configuration or, for FOLDER, that of
+quality.py. Prints a table with 95 % bootstrap intervals over photos and, as its last line, one JSON object. Where the
+simulator knows the truth, label quality is held against it: how many photos are samples at all, how many of these have
+the class of the thing that they show as their likeliest, and how many items share a class with another thing.
 """
 
 from __future__ import annotations
@@ -21,30 +26,80 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from learning import Bench, Classification, arcface, infonce, shared_evidence
+from quality import CONFIG as QUALITY
 from quality import clicked_pairs, cosines, figures_of, hits_of, prepare_bench
 
 from mixer_platform import versions
 from mixer_platform.cli import connect
 from mixer_platform.config import load_config
+from mixer_platform.inputs import find_input, read_input, unmarked
 from mixer_platform.prepare.job import prepare
+from mixer_platform.schema import LOGS
+from mixer_platform.simulate.config import ClickConfig
 from mixer_platform.simulate.job import drawings_beside, simulate
 from mixer_platform.storage import open_storage
 from mixer_platform.train.features import FeatureSamples
 from mixer_platform.train.labels import in_training_order, read_labels
 
-CONFIG = Path(__file__).parents[1] / "jobs/configs/demo.yaml"
+DEMO = Path(__file__).parents[1] / "jobs/configs/demo.yaml"
 
 
 def marketplace(folder: Path, level: float, things: int | None) -> tuple[str, float]:
     """Simulate a marketplace; return its folder and the share of people's clicks that are on wrong items."""
     overrides = [f"simulate.clicks.click_noise={level}", f"simulate.max_things={things or 'null'}"]
-    config = load_config(CONFIG, overrides)
+    config = load_config(DEMO, overrides)
     data = folder / f"noise-{level}"
     report = simulate(config.simulate, data, drawings_beside(data))
     return str(data), report["logs"]["clicks_on_wrong_items_by_people"]
+
+
+def moved_clicks(data: str, folder: Path, share: float) -> str:
+    """Write the marketplace `data` once more, a share of its clicks moved; return the new folder."""
+    folder.mkdir()
+    for path in Path(data).absolute().iterdir():
+        if not path.name.startswith("logs"):
+            (folder / path.name).symlink_to(path)
+    rows = pa.concat_tables(
+        unmarked(batch)
+        for batch in read_input(find_input(data, LOGS)).iter_batches(batch_size=None, batch_format="pyarrow")
+    )
+    pq.write_table(with_moved_clicks(rows, share, np.random.default_rng(0)), folder / "logs.parquet")
+    return str(folder)
+
+
+def with_moved_clicks(logs: pa.Table, share: float, rng: np.random.Generator) -> pa.Table:
+    """Move a share of the clicks to another item of which the same session has an impression, if there is one."""
+    session = pc.dictionary_encode(logs["session_id"]).combine_chunks().indices.to_numpy(zero_copy_only=False)
+    item = pc.dictionary_encode(logs["item_id"]).combine_chunks().indices.to_numpy(zero_copy_only=False)
+    event = np.array(logs["event"].to_pylist(), object)
+    seen = np.flatnonzero(event == "impression")
+    seen = seen[np.argsort(session[seen], kind="stable")]
+    clicks = np.flatnonzero(event == "click")
+    clicks = clicks[rng.random(len(clicks)) < share]
+    first, last = (np.searchsorted(session[seen], session[clicks], side) for side in ("left", "right"))
+    clicks, first, last = (part[last > first] for part in (clicks, first, last))
+    place = (rng.random(len(first)) * (last - first)).astype(int)
+    itself = item[seen[first + place]] == item[clicks]
+    target = seen[first + np.where(itself, (place + 1) % (last - first), place)]
+    clicks, target = (part[item[target] != item[clicks]] for part in (clicks, target))
+
+    source = np.arange(len(logs))
+    source[clicks] = target  # of item and position
+    defaults = ClickConfig()
+    dwell = np.array(logs["dwell_ms"].to_pylist(), float)
+    dwell[clicks] = defaults.dwell_wrong_ms * np.exp(defaults.dwell_sigma * rng.standard_normal(len(clicks)))
+    gone = set(zip(session[clicks].tolist(), item[clicks].tolist(), strict=True))
+    later = np.isin(event, ["add_to_cart", "purchase"])
+    kept = [not (late and pair in gone) for late, pair in zip(later, zip(session, item, strict=True), strict=True)]
+    for name in ("item_id", "position"):
+        logs = logs.set_column(logs.schema.get_field_index(name), name, logs[name].take(pa.array(source)))
+    times = pa.array(dwell, pa.float64(), from_pandas=True)
+    return logs.set_column(logs.schema.get_field_index("dwell_ms"), "dwell_ms", times).filter(pa.array(kept))
 
 
 def relabelled(bench: Bench, data: str, workspace: str) -> Bench:
@@ -85,11 +140,14 @@ def label_quality(bench: Bench, data: str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--levels", type=float, nargs="+", default=[0.0, 0.2, 0.4, 0.6], metavar="SHARE")
+    parser.add_argument("--data", help="a marketplace; default: the project's own, simulated")
+    parser.add_argument("--wrong", type=float, default=0.42, help="share of its clicks that are wrong as they are")
+    parser.add_argument("--levels", type=float, nargs="+", metavar="SHARE", help="of the clicks that shall be wrong")
     parser.add_argument("--things", type=int, help="default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workspace", help="where marketplaces and samples go; default: a temporary folder")
     arguments = parser.parse_args()
+    arguments.levels = arguments.levels or ([arguments.wrong, 0.5, 0.6] if arguments.data else [0.0, 0.2, 0.4, 0.6])
     torch.set_num_threads(os.cpu_count() or 1)
     connect()
     with tempfile.TemporaryDirectory() as scratch:
@@ -110,9 +168,13 @@ def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     levels: list[dict[str, Any]] = []
     base: Bench | None = None
     for level in arguments.levels:
-        data, wrong = marketplace(folder, level, arguments.things)
+        if arguments.data:
+            moved = (level - arguments.wrong) / (1 - arguments.wrong)
+            data, wrong = moved_clicks(arguments.data, folder / f"moved-{level}", moved), level
+        else:
+            data, wrong = marketplace(folder, level, arguments.things)
         workspace = str(folder / f"workspace-{level}")
-        base = base or prepare_bench(data, workspace, CONFIG)
+        base = base or prepare_bench(data, workspace, QUALITY if arguments.data else DEMO)
         bench = relabelled(base, data, workspace)
         methods = {
             "infonce": infonce,
@@ -120,14 +182,15 @@ def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "mixer": Classification(shared_evidence(bench), bench.classes),
             "sampled": Classification(shared_evidence(bench), bench.classes, rate=0.1),
         }
-        figures: dict[str, Any] = {"level": level, "wrong_clicks": round(wrong, 4), **label_quality(bench, data)}
+        figures: dict[str, Any] = {"level": level, "wrong_clicks": round(wrong, 4)}
+        figures |= {} if arguments.data else label_quality(bench, data)
         for name, method in methods.items():
             towers = [method(bench, seed) for seed in range(arguments.seeds)]
             runs = [hits_of(bench.item_ids, bench.relevant, cosines(bench, each)) for each in towers]
             figures[name] = figures_of(bench, runs, 0.0)
             low, high = figures[name]["r1_interval"]
             row = [f"{figures[name]['r1']:.3f}", f"{low:.3f} to {high:.3f}"]
-            row += [f"{figures[key]:.3f}" for key in ("wrong_clicks", "coverage", "purity", "merged")]
+            row += [f"{figures[key]:.3f}" for key in ("wrong_clicks", "coverage", "purity", "merged") if key in figures]
             print(f"{level:<10}{name:12}" + "".join(f"{cell:>17}" for cell in row), flush=True)
         levels.append(figures)
     return levels
