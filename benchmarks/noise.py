@@ -58,8 +58,8 @@ def marketplace(folder: Path, level: float, things: int | None) -> tuple[str, fl
     return str(data), report["logs"]["clicks_on_wrong_items_by_people"]
 
 
-def moved_clicks(data: str, folder: Path, share: float) -> str:
-    """Write the marketplace `data` once more, a share of its clicks moved; return the new folder."""
+def moved_clicks(data: str, folder: Path, share: float) -> tuple[str, float]:
+    """Write the marketplace `data` once more, a share of its clicks moved; return the new folder and what was moved."""
     folder.mkdir()
     for path in Path(data).absolute().iterdir():
         if not path.name.startswith("logs"):
@@ -68,18 +68,24 @@ def moved_clicks(data: str, folder: Path, share: float) -> str:
         unmarked(batch)
         for batch in read_input(find_input(data, LOGS)).iter_batches(batch_size=None, batch_format="pyarrow")
     )
-    pq.write_table(with_moved_clicks(rows, share, np.random.default_rng(0)), folder / "logs.parquet")
-    return str(folder)
+    logs, moved = with_moved_clicks(rows, share, np.random.default_rng(0))
+    pq.write_table(logs, folder / "logs.parquet")
+    return str(folder), moved
 
 
-def with_moved_clicks(logs: pa.Table, share: float, rng: np.random.Generator) -> pa.Table:
-    """Move a share of the clicks to another item of which the same session has an impression, if there is one."""
-    session = pc.dictionary_encode(logs["session_id"]).combine_chunks().indices.to_numpy(zero_copy_only=False)
+def with_moved_clicks(logs: pa.Table, share: float, rng: np.random.Generator) -> tuple[pa.Table, float]:
+    """Move a share of the clicks to another item that the same session saw for the same photo, if there is one.
+
+    Return the logs and the share that was moved.
+    """
+    pages = pc.binary_join_element_wise(logs["session_id"], logs["query_id"], " ")
+    session = pc.dictionary_encode(pc.fill_null(pages, "")).combine_chunks().indices.to_numpy(zero_copy_only=False)
     item = pc.dictionary_encode(logs["item_id"]).combine_chunks().indices.to_numpy(zero_copy_only=False)
     event = np.array(logs["event"].to_pylist(), object)
     seen = np.flatnonzero(event == "impression")
     seen = seen[np.argsort(session[seen], kind="stable")]
     clicks = np.flatnonzero(event == "click")
+    count = len(clicks)
     clicks = clicks[rng.random(len(clicks)) < share]
     first, last = (np.searchsorted(session[seen], session[clicks], side) for side in ("left", "right"))
     clicks, first, last = (part[last > first] for part in (clicks, first, last))
@@ -99,7 +105,8 @@ def with_moved_clicks(logs: pa.Table, share: float, rng: np.random.Generator) ->
     for name in ("item_id", "position"):
         logs = logs.set_column(logs.schema.get_field_index(name), name, logs[name].take(pa.array(source)))
     times = pa.array(dwell, pa.float64(), from_pandas=True)
-    return logs.set_column(logs.schema.get_field_index("dwell_ms"), "dwell_ms", times).filter(pa.array(kept))
+    logs = logs.set_column(logs.schema.get_field_index("dwell_ms"), "dwell_ms", times)
+    return logs.filter(pa.array(kept)), len(clicks) / count
 
 
 def relabelled(bench: Bench, data: str, workspace: str) -> Bench:
@@ -147,6 +154,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workspace", help="where marketplaces and samples go; default: a temporary folder")
     arguments = parser.parse_args()
+    if arguments.data and arguments.levels and min(arguments.levels) < arguments.wrong:
+        parser.error(f"--levels: clicks are only moved to wrong items, so none is below --wrong {arguments.wrong}")
     arguments.levels = arguments.levels or ([arguments.wrong, 0.5, 0.6] if arguments.data else [0.0, 0.2, 0.4, 0.6])
     torch.set_num_threads(os.cpu_count() or 1)
     connect()
@@ -170,7 +179,8 @@ def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for level in arguments.levels:
         if arguments.data:
             moved = (level - arguments.wrong) / (1 - arguments.wrong)
-            data, wrong = moved_clicks(arguments.data, folder / f"moved-{level}", moved), level
+            data, moved = moved_clicks(arguments.data, folder / f"moved-{level}", moved)
+            wrong = arguments.wrong + (1 - arguments.wrong) * moved  # a moved click may still, rarely, be right
         else:
             data, wrong = marketplace(folder, level, arguments.things)
         workspace = str(folder / f"workspace-{level}")

@@ -76,7 +76,7 @@ def _open_session(path: Path, threads: int, device: Device) -> onnxruntime.Infer
         session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
         found = session.get_providers()[0]
     except Exception as error:
-        raise DeviceError(f"onnxruntime cannot use {device} here: {' '.join(str(error).split())}") from error
+        raise DeviceError(f"onnxruntime cannot open {path.name} on {device}: {' '.join(str(error).split())}") from error
     if found != providers[0]:
         raise DeviceError(
             f"onnxruntime cannot use {device} here; its log, above, names the library or the driver that is missing"

@@ -15,7 +15,7 @@ class Tokenizer:
     """A tokenizer for batches that hold missing texts."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, max_tokens: int) -> None:
-        """`max_tokens`: longer texts are cut; what the tokenizer pads with it knows itself."""
+        """`max_tokens`: longer texts are cut. Padding is the tokenizer's own."""
         padding = tokenizer.padding or {}
         tokenizer.enable_padding(**{name: padding[name] for name in ("pad_id", "pad_type_id", "pad_token") if padding})
         tokenizer.enable_truncation(max_tokens)
@@ -35,8 +35,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path, max_tokens: int) -> Tokenizer:
-        """Read what `save` wrote."""
-        return cls(tokenizers.Tokenizer.from_file(str(Path(folder) / _FILE)), max_tokens)
+        """Read what `save` wrote. Raises FileNotFoundError."""
+        path = Path(folder) / _FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: missing; train the model again, or copy its tokenizer")
+        return cls(tokenizers.Tokenizer.from_file(str(path)), max_tokens)
 
     def __call__(self, texts: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:
         """Return int64 token ids and mask, both [n, tokens], padded to the longest; a missing text's mask is 0."""

@@ -34,7 +34,9 @@ class Batch:
     def parts(self, count: int) -> list[Batch]:
         """Cut the batch into `count`, each with its share of the photos and of the items; some may be empty."""
         photos = torch.arange(len(self.photos), device=self.photos.device).tensor_split(count)
-        items = torch.arange(len(self.pictures), device=self.photos.device).tensor_split(count)
+        items = torch.arange(len(self.pictures), device=self.photos.device).tensor_split(count)[
+            ::-1
+        ]  # the odd ones last
         return [
             Batch(
                 photos=self.photos[mine],

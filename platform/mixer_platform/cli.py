@@ -114,5 +114,7 @@ def mixer_error_in(error: BaseException | None) -> MixerError | None:
             return error
         seen.add(id(error))
         workers = list(getattr(error, "worker_failures", {}).values())  # Ray Train's
-        error = next(iter(workers), None) or getattr(error, "cause", None) or error.__cause__ or error.__context__
+        inner = [each for each in error.args if isinstance(each, BaseException)]  # of an actor that did not start
+        wrapped = getattr(error, "cause", None) or error.__cause__ or error.__context__
+        error = next(iter([*workers, *inner]), None) or wrapped
     return None

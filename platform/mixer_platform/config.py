@@ -67,7 +67,7 @@ class FineTuneConfig(Section):
         False, description="keep what enters each block of the image encoder only, and compute the rest again"
     )
     decoders: int = Field(
-        0, ge=0, description="Ray Data actors, of a CPU each, that make each worker's batches; 0: threads of the worker"
+        0, ge=0, description="Ray Data actors for each worker, of a CPU of their own, that make its batches; 0: threads"
     )
     encoder_lr: float = Field(3e-4, gt=0)
     tower_lr: float = Field(3e-4, gt=0)

@@ -98,7 +98,7 @@ def test_the_number_of_threads_changes_nothing(exported: tuple[MixerModel, Path]
 @pytest.mark.parametrize("device", ["cuda", "tensorrt"])
 def test_a_device_that_is_not_there_is_an_error(exported: tuple[MixerModel, Path], device: Any) -> None:
     """And not, as onnxruntime has it, a slow CPU."""
-    said = rf"^this onnxruntime is not made for {device}; install|^onnxruntime cannot use {device}|tensorrt is not inst"
+    said = rf"^this onnxruntime is not made for {device}; install|^onnxruntime cannot |tensorrt is not inst"
     for embedder in (QueryEmbedder, ItemEmbedder):
         with pytest.raises(DeviceError, match=said) as error:
             embedder(exported[1], device=device)

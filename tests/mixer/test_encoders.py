@@ -140,6 +140,24 @@ def test_train_from_can_be_taken_back(encoder: ImageEncoder) -> None:
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
+def test_checkpointed_activations_are_computed_again(vit_path: str) -> None:
+    gradients, calls = [], []
+    for sparing in (False, True):
+        encoder, seen = image_encoder(vit_path), []
+        encoder.train_from(1)
+        encoder.blocks[-1].register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        inner = next(encoder.blocks[-1].children())
+        inner.register_forward_hook(lambda *_, seen=seen: seen.append(2))
+        if sparing:
+            encoder.checkpoint_activations()
+        encoder(pixels(3)).square().sum().backward()
+        gradients.append([each.grad for each in encoder.parameters() if each.requires_grad])
+        calls.append(seen.count(2))
+    assert calls == [1, 2]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_block_that_is_not_there_is_refused(encoder: ImageEncoder) -> None:
     last = len(encoder.blocks) - 1
     encoder.train_from(last)

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import ray
+import ray.data
 from ray.exceptions import AuthenticationError
 from ray.train import WorkerGroupError
 
 from mixer_platform import cli
 from mixer_platform.config import RunConfig
-from mixer_platform.errors import InputError, MixerError, StorageError
+from mixer_platform.errors import ConfigError, InputError, MixerError, StorageError
 
 
 @pytest.fixture
@@ -144,6 +145,26 @@ def test_a_mixer_error_is_found_however_deep() -> None:
 def test_a_mixer_error_of_a_train_worker_is_found() -> None:
     wanted = StorageError("gone")
     assert cli.mixer_error_in(WorkerGroupError("a long story", {1: wanted})) is wanted
+
+
+class CannotStart:
+    """An actor of Ray Data."""
+
+    def __init__(self) -> None:
+        raise ConfigError("index.embedder_device: not here")
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_mixer_error_of_an_actor_that_does_not_start_is_found() -> None:
+    dataset = ray.data.range(1).map_batches(CannotStart, compute=ray.data.ActorPoolStrategy(size=1), num_cpus=0.1)
+    with pytest.raises(Exception, match="not here") as raised:
+        dataset.materialize()
+    found = cli.mixer_error_in(raised.value)
+    assert isinstance(found, ConfigError)
+    assert str(found) == "index.embedder_device: not here"
 
 
 def test_every_error_has_an_exit_status() -> None:

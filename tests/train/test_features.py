@@ -18,6 +18,7 @@ from mixer.towers import MixerModel
 from mixer_platform.errors import InputError
 from mixer_platform.storage import open_storage
 from mixer_platform.train.features import FeatureSamples, FeatureWorker
+from mixer_platform.train.feeding import Schedule, batches_of
 from mixer_platform.train.pictures import PictureSamples
 
 VIEWS = 3
@@ -159,6 +160,19 @@ def test_items_are_pooled_as_the_towers_do(cached: FeatureSamples, model: MixerM
     batch = cached.batch(np.arange(PHOTOS, PHOTOS + ITEMS), plan())
     expected = model.towers.pool(batch.pictures[batch.has_image].float())
     torch.testing.assert_close(cached.pooled(model.towers)[PHOTOS:], expected)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ray_data_makes_the_batches_that_a_worker_makes(model: MixerModel, workspace: Path) -> None:
+    samples = picture_samples(workspace, model)
+    rows = np.arange(1, PHOTOS + ITEMS)
+    schedule = Schedule(PHOTOS + ITEMS, rows, 5, 0, (0.3, 0.3), None, batch_size=9, world=2, rank=1)
+    here, there = (list(batches_of(samples, schedule, range(2, 4), 1, decoders)) for decoders in (0, 1))
+    assert len(here) == len(there) == 2 * len(schedule.epoch(2)[1]) - 1
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one.targets.over(range(3)), other.targets.over(range(3)))
+        for name in ("photos", "pictures", "has_image", "tokens", "token_mask"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
 
 
 def test_pictures_as_needed_give_the_same_batches(

@@ -117,10 +117,12 @@ def check_model(folder: Path, report: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_the_image_encoder_can_be_trained_too(workspace: Path, architecture: ModelConfig, epochs: int) -> None:
+@pytest.mark.parametrize(("epochs", "zero_stage"), [(1, 0), (2, 3)])
+def test_the_image_encoder_can_be_trained_too(
+    workspace: Path, architecture: ModelConfig, epochs: int, zero_stage: int
+) -> None:
     tuning = {"epochs": epochs, "from_block": 1, "batch_size": 6, "encoder_lr": 0.01}
-    report = train(run_config(workspace, architecture, epochs=1, fine_tune=tuning))
+    report = train(run_config(workspace, architecture, epochs=1, fine_tune=tuning, zero_stage=zero_stage))
     assert [entry["epoch"] for entry in report["history"]] == list(range(1 + epochs))
     before = MixerModel(architecture).state_dict()
     after = weights(workspace, report)
@@ -136,7 +138,8 @@ def test_the_image_encoder_can_be_trained_too(workspace: Path, architecture: Mod
     shutil.rmtree(workspace / "models")
     shutil.rmtree(workspace / run.folder / f"epoch-{epochs:05d}")
     sparing = {**tuning, "checkpoint_activations": True, "decoders": 1}
-    resumed = train(run_config(workspace, architecture, epochs=1, fine_tune=sparing, workers=1, micro_batch=2))
+    settings = {"workers": 1, "micro_batch": 2, "zero_stage": zero_stage}
+    resumed = train(run_config(workspace, architecture, epochs=1, fine_tune=sparing, **settings))
     assert resumed["history"][:epochs] == report["history"][:epochs], "what was trained is trained again"
     np.testing.assert_allclose(losses(resumed), losses(report), rtol=1e-3)
 

@@ -48,6 +48,7 @@ def test_held_out_recall_counts_photos_whose_nearest_item_has_their_label() -> N
     samples = SimpleNamespace(photos=[0, 1, 2], labels=torch.tensor([7, 8, 8, 7, 8]))  # rows 3 and 4 are the items
     samples.batch = lambda rows, plan: SimpleNamespace(to=lambda device: torch.from_numpy(rows))
     head = SimpleNamespace(world=1, rank=0, group=None)
-    trainer = SimpleNamespace(engine=lambda rows: embeddings[rows], head=head)
+    config = SimpleNamespace(micro_batch=None)
+    trainer = SimpleNamespace(engine=lambda rows: embeddings[rows], head=head, config=config)
     found = held_out_recall(trainer, samples, np.array([0, 1, 2]), 2, torch.device("cpu"))  # type: ignore[arg-type]
     assert found == pytest.approx(2 / 3, abs=1e-4)

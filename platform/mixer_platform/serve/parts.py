@@ -119,8 +119,9 @@ class QueryEncoder:
             shared = max(1, config.encoder_threads // config.concurrent_batches)
             self._beside_others = QueryEmbedder(self._copy.folder, shared)
         else:
-            size = self._alone.preprocess.size
-            for photos in range(1, config.max_batch + 1):  # a GPU's kernels are chosen at the first batch of a size
+            # A GPU's kernels are chosen at the first batch of a size; TensorRT compiles for the least and the largest.
+            size, step = self._alone.preprocess.size, max(1, config.max_batch - 1)
+            for photos in range(1, config.max_batch + 1, step if config.encoder_device == "tensorrt" else 1):
                 self._alone(np.zeros((photos, size, size, 3), np.uint8))
         self._running, self._lock = 0, threading.Lock()
 

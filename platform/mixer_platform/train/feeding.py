@@ -20,6 +20,7 @@ from mixer_platform.train.pictures import PictureSamples
 
 Samples = FeatureSamples | PictureSamples
 _MOST_BLOCKS = 4096
+_PATIENCE_S = 600  # for CPUs for the decoders
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Schedule:
 def batches_of(samples: Samples, schedule: Schedule, epochs: range, done: int, decoders: int = 0) -> Iterator[Batch]:
     """Yield this worker's batches of these epochs, without the first `done`; the next is made while one is used.
 
-    With `decoders`, so many Ray Data actors decode and augment pictures, wherever the cluster has a CPU for them.
+    With `decoders`, so many Ray Data actors decode and augment pictures, wherever the cluster has a CPU for them; where
+    it has none for ten minutes, Ray's GetTimeoutError.
     """
     if decoders and isinstance(samples, PictureSamples):
         return _made_by_actors(samples, schedule, epochs, done, decoders)
@@ -93,6 +95,7 @@ def _made_by_actors(
         compute=ray.data.ActorPoolStrategy(size=decoders),
     )
     dataset.context.execution_options.preserve_order = True
+    dataset.context.wait_for_min_actors_s = _PATIENCE_S
     dataset.context.enable_progress_bars = False
     made = dataset.iter_batches(batch_size=1, batch_format="pyarrow")
     for (part, _), row in zip(schedule.parts(epochs, done), made, strict=True):

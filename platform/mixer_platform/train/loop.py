@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 
 from mixer.metrics import hit_at_k
-from mixer.pages import keep_freed_memory
 from mixer.sampling import class_chances
 from mixer.targets import Targets
 from mixer.training import Batch
@@ -45,7 +44,6 @@ def train_worker(job: dict[str, Any]) -> None:
     rank = dist.get_rank()
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
-    keep_freed_memory()
 
     samples = read_samples(job, config)
     state = newest(checkpoints, rank)
