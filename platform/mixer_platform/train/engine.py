@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixer.row_adam import RowAdam
@@ -37,11 +36,13 @@ class HybridTrainer:
             config=_deepspeed_config(config, head.world),
             dist_init_required=False,
         )
+        if config.zero_stage:
+            self._make_moments()
         self._rows = head.optimizer = RowAdam(head.weight, config.classifier_lr, config.weight_decay)
         self.step_count = 0
         self.watch = Stopwatch(head.weight.device)
         head.lap = self.watch.lap
-        # Later stages of ZeRO send gradients while the backward pass makes them.
+        # At stage 2 ZeRO sends gradients while the backward pass makes them.
         self._sends_apart = config.zero_stage < 2
         self.engine.enable_backward_allreduce = not self._sends_apart
         whole = -(-config.batch_size // head.world)
@@ -118,9 +119,7 @@ class HybridTrainer:
 
     def load_tower_state(self, state: dict[str, Tensor], step: int) -> None:
         """Go on from what `tower_state` gave, on any number of workers."""
-        if self.config.zero_stage == 3:
-            self._load_cut_parameters(state, step)
-        elif self.config.zero_stage:
+        if self.config.zero_stage:
             self._load_partitions(state, step)
         else:
             for name, parameter in self._trained():
@@ -131,40 +130,25 @@ class HybridTrainer:
             buffer.copy_(state[name])
         self.step_count = step
 
+    def _make_moments(self) -> None:
+        """Make what AdamW would make in its first step. ZeRO looks for it once, after the first group's."""
+        zero = self.engine.optimizer
+        for partition in zero.single_partition_of_fp32_groups:
+            moments = {moment: torch.zeros_like(partition) for moment in MOMENTS}
+            zero.optimizer.state[partition] = {"step": torch.tensor(0.0), **moments}
+        zero._lazy_init_hp_params_optimizer_state()
+
     def _load_partitions(self, state: dict[str, Tensor], step: int) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         zero = self.engine.optimizer
         for partition in zero.single_partition_of_fp32_groups:
-            # AdamW makes its moments, and ZeRO finds them, in the first step only; there was none yet.
-            moments = {moment: torch.zeros_like(partition) for moment in MOMENTS}
-            zero.optimizer.state[partition] = {"step": torch.tensor(float(step)), **moments}
-        zero._lazy_init_hp_params_optimizer_state()
+            zero.optimizer.state[partition]["step"] = torch.tensor(float(step))
         for name, parameter in self._trained():
             safe_set_full_fp32_param(parameter, state[name])
             for moment in MOMENTS:
                 safe_set_full_optimizer_state(parameter, state[f"{moment}:{name}"], moment)
         zero.update_lp_params()
-
-    def _load_cut_parameters(self, state: dict[str, Tensor], step: int) -> None:
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-        zero = self.engine.optimizer
-        for partition in zero.fp32_partitioned_groups_flat:
-            moments = {moment: torch.zeros_like(partition) for moment in MOMENTS}
-            zero.optimizer.state[partition] = {"step": torch.tensor(float(step)), **moments}
-        for name, parameter in self._trained():
-            cut: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
-            size = cut.numel()
-
-            def mine(value: Tensor, size: int = size) -> Tensor:
-                padded = F.pad(value.flatten(), (0, size * self.head.world - value.numel()))
-                return padded[size * self.head.rank : size * (self.head.rank + 1)].to(self.head.weight.device)
-
-            safe_set_local_fp32_param(parameter, mine(state[name]))
-            cut.data.copy_(mine(state[name]))
-            for moment in MOMENTS:
-                safe_set_local_optimizer_state(parameter, mine(state[f"{moment}:{name}"]), moment)
 
     def head_state(self) -> dict[str, Tensor]:
         """Return the rows of this worker's classes and their moments, each [owned classes, ..]."""

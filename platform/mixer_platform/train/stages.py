@@ -183,8 +183,7 @@ def embedded(
     shares = [class_range(len(rows), head.world, rank) for rank in range(head.world)]
     mine = rows[shares[head.rank].start : shares[head.rank].stop]
     size = min(batch_size, trainer.config.micro_batch or batch_size)
-    # Every worker asks as often as the one with most: with ZeRO 3, embedding is a collective call.
-    parts = [mine[start : start + size] for start in range(0, max(1, *map(len, shares)), size)]
+    parts = [mine[start : start + size] for start in range(0, max(1, len(mine)), size)]
     embeddings = [trainer.engine(samples.batch(part, plan).to(device)).float() for part in parts]
     return gather_rows(torch.cat(embeddings), [len(share) for share in shares], head.group).cpu()
 
