@@ -34,9 +34,8 @@ class Batch:
     def parts(self, count: int) -> list[Batch]:
         """Cut the batch into `count`, each with its share of the photos and of the items; some may be empty."""
         photos = torch.arange(len(self.photos), device=self.photos.device).tensor_split(count)
-        items = torch.arange(len(self.pictures), device=self.photos.device).tensor_split(count)[
-            ::-1
-        ]  # the odd ones last
+        items = torch.arange(len(self.pictures), device=self.photos.device).tensor_split(count)
+        items = items[::-1]  # the first parts have a photo more, so the last ones have an item more
         return [
             Batch(
                 photos=self.photos[mine],

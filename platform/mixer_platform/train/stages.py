@@ -121,8 +121,7 @@ def new_trainer(
     ).to(device)
     head.reset(config.seed)
     if before is not None:
-        learned = {name: value for name, value in before.tower_state().items() if ":" not in name}
-        tower.load_state_dict(learned, strict=False)  # what it lacks was not trained
+        tower.load_state_dict(before.engine.module.state_dict(), strict=False)  # what it lacks was not trained
         head.weight.copy_(before.head_state()["weight"])
     return HybridTrainer(tower.to(device), head, config, config.epochs * -(-rows // config.batch_size))
 
