@@ -145,9 +145,9 @@ class TextEncoder(nn.Module):
 
     def forward(self, token_ids: Tensor, token_mask: Tensor) -> Tensor:
         """Encode int64 token ids and mask, both [n, tokens], into [n, tokens, width]; masked places are 0."""
-        if len(token_ids) == 0:  # most models cannot
+        if len(token_ids) == 0:  # most models cannot; and all workers call it, or ZeRO 3 waits for its parameters
             some = token_ids.new_zeros(1, max(1, token_ids.shape[1]))
-            return self(some, some)[:0, : token_ids.shape[1]]
+            return self.forward(some, some)[:0, : token_ids.shape[1]]
         # Attending to nothing is undefined, so a missing text attends to its first place and is zeroed after.
         attended = torch.cat([torch.ones_like(token_mask[:, :1]), token_mask[:, 1:]], dim=1)
         hidden = self.net(input_ids=token_ids, attention_mask=attended).last_hidden_state

@@ -126,8 +126,8 @@ class TrainConfig(Section):
     )
     text_dropout: float = Field(0.2, ge=0, lt=1, description="share of item samples trained without their text")
     image_dropout: float = Field(0.1, ge=0, lt=1, description="share of item samples trained without their picture")
-    zero_stage: Literal[0, 1, 2] = Field(
-        0, description="what of towers and encoder is cut over the workers: moments (1), gradients too (2)"
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="cut over the workers, of towers and encoder: moments (1), gradients too (2), parameters too (3)"
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: towers and classifier multiply in it; weights stay fp32"

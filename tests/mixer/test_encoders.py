@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from mixer.encoders import EFFICIENTNET_LITE0, MINILM_L6, EncoderError, ImageEncoder, TextEncoder, image_encoder
 from mixer.images import ImagePreprocess
@@ -217,6 +218,15 @@ def test_the_text_encoder_stays_frozen_and_drops_nothing(text_encoder: TextEncod
     again, _ = encode(text_encoder.train(), ["red apples"])
     assert torch.equal(first, again)
     assert not again.requires_grad
+
+
+def test_modules_are_called_in_the_same_order_without_texts(text_encoder: TextEncoder) -> None:
+    called: list[list[str]] = []
+    with register_module_forward_pre_hook(lambda module, _: called[-1].append(type(module).__name__)):
+        for count in (2, 0):  # ZeRO 3 brings parameters as modules are called, of all workers at once
+            called.append([])
+            text_encoder(torch.ones(count, 5, dtype=torch.int64), torch.ones(count, 5, dtype=torch.int64))
+    assert called[0] == called[1] != []
 
 
 def test_no_texts_are_no_tokens(text_encoder: TextEncoder) -> None:

@@ -43,7 +43,7 @@ def failure(tmp_path: Path, text: str, *overrides: str) -> str:
         ),
         ("train: {epochs: 0}\n", "run.yaml: train.epochs: expected greater than or equal to 1, found 0"),
         ("train: {epochs: many}\n", "run.yaml: train.epochs: expected a valid integer"),
-        ("train: {zero_stage: 3}\n", "run.yaml: train.zero_stage: expected 0, 1 or 2, found 3"),
+        ("train: {zero_stage: 4}\n", "run.yaml: train.zero_stage: expected 0, 1, 2 or 3, found 4"),
         ("train: [1]\n", "run.yaml: train: expected "),
     ],
 )

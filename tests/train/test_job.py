@@ -117,7 +117,7 @@ def check_model(folder: Path, report: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(("epochs", "zero_stage"), [(1, 0), (2, 2)])
+@pytest.mark.parametrize(("epochs", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
 def test_the_image_encoder_can_be_trained_too(
     workspace: Path, architecture: ModelConfig, epochs: int, zero_stage: int
 ) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixer.row_adam import RowAdam
@@ -42,7 +44,7 @@ class HybridTrainer:
         self.step_count = 0
         self.watch = Stopwatch(head.weight.device)
         head.lap = self.watch.lap
-        # At stage 2 ZeRO sends gradients while the backward pass makes them.
+        # From stage 2 on ZeRO sends gradients while the backward pass makes them.
         self._sends_apart = config.zero_stage < 2
         self.engine.enable_backward_allreduce = not self._sends_apart
         whole = -(-config.batch_size // head.world)
@@ -110,12 +112,16 @@ class HybridTrainer:
 
     def tower_state(self) -> dict[str, Tensor]:
         """Return the buffers and every trained parameter with its moments, whole and in fp32; a collective call."""
-        state = {name: buffer.detach().cpu().clone() for name, buffer in self._buffers()}
+        state = self.trained_state()
         for name, parameter in self._trained():
-            state[name] = _whole(parameter, None, self.engine)
             for moment in MOMENTS:
                 state[f"{moment}:{name}"] = _whole(parameter, moment, self.engine)
         return state
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return the buffers and every trained parameter, whole and in fp32; a collective call."""
+        state = {name: buffer.detach().cpu().clone() for name, buffer in self._buffers()}
+        return state | {name: _whole(parameter, None, self.engine) for name, parameter in self._trained()}
 
     def load_tower_state(self, state: dict[str, Tensor], step: int) -> None:
         """Go on from what `tower_state` gave, on any number of workers."""
@@ -131,24 +137,30 @@ class HybridTrainer:
         self.step_count = step
 
     def _make_moments(self) -> None:
-        """Make what AdamW would make in its first step. ZeRO looks for it once, after the first group's."""
+        """Make what AdamW would make in its first step. ZeRO 1 and 2 look for it once, after the first group's."""
         zero = self.engine.optimizer
-        for partition in zero.single_partition_of_fp32_groups:
+        for partition in self._partitions():
             moments = {moment: torch.zeros_like(partition) for moment in MOMENTS}
             zero.optimizer.state[partition] = {"step": torch.tensor(0.0), **moments}
-        zero._lazy_init_hp_params_optimizer_state()
+        if self.config.zero_stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
 
     def _load_partitions(self, state: dict[str, Tensor], step: int) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
         zero = self.engine.optimizer
-        for partition in zero.single_partition_of_fp32_groups:
+        for partition in self._partitions():
             zero.optimizer.state[partition]["step"] = torch.tensor(float(step))
+        load = _load_cut if self.config.zero_stage == 3 else _load_whole
         for name, parameter in self._trained():
-            safe_set_full_fp32_param(parameter, state[name])
-            for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state[f"{moment}:{name}"], moment)
-        zero.update_lp_params()
+            load(parameter, state[name], {moment: state[f"{moment}:{name}"] for moment in MOMENTS})
+        if self.config.zero_stage < 3:
+            zero.update_lp_params()
+
+    def _partitions(self) -> list[Tensor]:
+        """Return what ZeRO's optimizer steps: this worker's part of each group of parameters, or of each of them."""
+        zero = self.engine.optimizer
+        return (
+            zero.fp32_partitioned_groups_flat if self.config.zero_stage == 3 else zero.single_partition_of_fp32_groups
+        )
 
     def head_state(self) -> dict[str, Tensor]:
         """Return the rows of this worker's classes and their moments, each [owned classes, ..]."""
@@ -187,6 +199,32 @@ def _whole(parameter: nn.Parameter, moment: str | None, engine: Any) -> Tensor:
     else:
         value = safe_get_full_optimizer_state(parameter, moment)
     return value.detach().float().cpu().clone()
+
+
+def _load_whole(parameter: nn.Parameter, value: Tensor, moments: dict[str, Tensor]) -> None:
+    """Set a parameter that is whole on every worker, and this worker's part of its moments."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    safe_set_full_fp32_param(parameter, value)
+    for moment, values in moments.items():
+        safe_set_full_optimizer_state(parameter, values, moment)
+
+
+def _load_cut(parameter: nn.Parameter, value: Tensor, moments: dict[str, Tensor]) -> None:
+    """Set this worker's part of a parameter and of its moments; the last worker's part is padded."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    cut: Tensor = parameter.ds_tensor  # type: ignore[attr-defined]
+    size = cut.numel()
+
+    def mine(values: Tensor) -> Tensor:
+        padded = F.pad(values.flatten(), (0, size * dist.get_world_size() - values.numel()))
+        return padded[size * dist.get_rank() :][:size].to(cut.device)
+
+    safe_set_local_fp32_param(parameter, mine(value))
+    cut.data.copy_(mine(value))
+    for moment, values in moments.items():
+        safe_set_local_optimizer_state(parameter, mine(values), moment)
 
 
 def _deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:

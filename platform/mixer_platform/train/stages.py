@@ -121,7 +121,7 @@ def new_trainer(
     ).to(device)
     head.reset(config.seed)
     if before is not None:
-        tower.load_state_dict(before.engine.module.state_dict(), strict=False)  # what it lacks was not trained
+        tower.load_state_dict(before.trained_state(), strict=False)  # what it lacks was not trained
         head.weight.copy_(before.head_state()["weight"])
     return HybridTrainer(tower.to(device), head, config, config.epochs * -(-rows // config.batch_size))
 
@@ -182,7 +182,8 @@ def embedded(
     shares = [class_range(len(rows), head.world, rank) for rank in range(head.world)]
     mine = rows[shares[head.rank].start : shares[head.rank].stop]
     size = min(batch_size, trainer.config.micro_batch or batch_size)
-    parts = [mine[start : start + size] for start in range(0, max(1, len(mine)), size)]
+    # Every worker asks as often as the one with most: with ZeRO 3, embedding is a collective call.
+    parts = [mine[start : start + size] for start in range(0, max(1, *map(len, shares)), size)]
     embeddings = [trainer.engine(samples.batch(part, plan).to(device)).float() for part in parts]
     return gather_rows(torch.cat(embeddings), [len(share) for share in shares], head.group).cpu()
 
