@@ -218,9 +218,9 @@ def publish_vectors(workspace: str, version: str, model: str, found: np.ndarray)
     named = pa.array(item_ids, pa.string()).take(pa.array(order))
     partitions = partitions_for(len(found), IndexConfig().partition_items)
     write_rows(workspace, version, partitions, ids, named, found, None)
-    manifest = {"model": model, "base": None, "changes": None, "partitions": partitions, "items": len(found)}
-    listed: dict[str, Any] = {"parts": list(range(partitions)), "without_picture": [], "left_out": []}
-    versions.publish(open_storage(workspace), embeddings.KIND, version, {**manifest, **listed})
+    manifest: dict[str, Any] = {"model": model, "base": None, "changes": None, "items": len(found)}
+    manifest |= {"partitions": partitions, "parts": list(range(partitions))}
+    versions.publish(open_storage(workspace), embeddings.KIND, version, manifest)
     return ids, found
 
 
@@ -258,8 +258,7 @@ def product_build(workspace: str, folder: str, name: str, workers: int, settings
     began = time.perf_counter()
     config = IndexConfig.model_validate({"recall_at_10": WISH, **settings})
     made = build_shards(storage, name, chain, DIM, queries, config)
-    listed = {"model": "benchmark", "embeddings": "vectors", "without_picture": [], "left_out": []}
-    manifest = versions.publish(storage, KIND, name, {**made, **listed})
+    manifest = versions.publish(storage, KIND, name, {**made, "model": "benchmark", "embeddings": "vectors"})
     return {**manifest, "seconds": time.perf_counter() - began}
 
 
@@ -296,7 +295,7 @@ def product_update(workspace: str, folder: str, base: str) -> float:
     began = time.perf_counter()
     more = {STATE: states[order].tolist(), REPLACES: replaces[order].tolist()}
     write_rows(workspace, "changes", below["partitions"], rows[order], names, found, more)
-    counts = {"items": 3 * size, "replaced": 2 * size, "deleted": size, "without_picture": [], "left_out": []}
+    counts = {"items": 3 * size, "replaced": 2 * size, "deleted": size}
     about = {"model": "benchmark", "base": "vectors", "partitions": below["partitions"], "parts": below["parts"]}
     made = versions.publish(storage, embeddings.KIND, "changes", {**about, **counts})
     versions.publish(storage, KIND, "updated", write_deltas(storage, "updated", index, made))

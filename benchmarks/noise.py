@@ -52,6 +52,7 @@ DEMO = Path(__file__).parents[1] / "jobs/configs/demo.yaml"
 def marketplace(folder: Path, level: float, things: int | None) -> tuple[str, float]:
     """Simulate a marketplace; return its folder and the share of people's clicks that are on wrong items."""
     overrides = [f"simulate.clicks.click_noise={level}", f"simulate.max_things={things or 'null'}"]
+    overrides.append("simulate.val_photos=10000")  # one of each thing
     config = load_config(DEMO, overrides)
     data = folder / f"noise-{level}"
     report = simulate(config.simulate, data, drawings_beside(data))

@@ -100,7 +100,7 @@ def build_many(workspace: str, index: str, count: int) -> str:
     version = versions.new_version(fingerprint)
     chain = embeddings.chain_of(storage, fingerprint)
     made = build_shards(storage, version, chain, manifest.dim, queries, config)
-    listed = {"model": manifest.model, "embeddings": fingerprint, "without_picture": [], "left_out": []}
+    listed = {"model": manifest.model, "embeddings": fingerprint}
     versions.publish(storage, KIND, version, {**made, **listed})
     return version
 

@@ -163,7 +163,7 @@ class IndexConfig(Section):
     partition_items: int = Field(20_000, ge=1, description="items embedded and written together; a kill costs no more")
     changes: str | None = Field(None, description="update: folder with items, new or changed, and deleted (item_id)")
     compact_above: float = Field(0.2, gt=0, description="update: share of updates above which it compacts too")
-    version: str = Field("current", description="publish, verify and describe: version of index/")
+    version: str = Field("current", description="publish, verify, describe, unusable: version of index/")
     keep: int = Field(3, ge=1, description="gc: versions served last that stay")
     grace_hours: float = Field(24, ge=0, description="gc: what is younger stays, for it may be in the making")
 

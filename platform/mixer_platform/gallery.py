@@ -50,8 +50,6 @@ class IndexManifest(BaseModel):
     search: dict[str, int]
     shards: list[ShardEntry]
     items: int
-    without_picture: list[str]
-    left_out: list[str]
     recall_at_10: float  # of the last build: updates keep their vectors as they are
     recall_queries: int
     why: str = ""  # this kind of index

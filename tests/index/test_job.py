@@ -7,13 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
+import pyarrow.parquet as pq
 import pytest
 
 from mixer_platform.cli import mixer_error_in
 from mixer_platform.errors import ConfigError, InputError, StorageError, VersionError, WishError
 from mixer_platform.gallery import read_manifest
+from mixer_platform.index.embeddings import LEFT_OUT, TEXT_ONLY
 from mixer_platform.index.job import build, compact, update
-from mixer_platform.index.lifecycle import describe, gc, publish, rollback, verify
+from mixer_platform.index.lifecycle import describe, gc, publish, rollback, unusable, verify
 from mixer_platform.index.worker import ItemWorker, Job
 from tests.index.conftest import ITEMS, Shop  # type: ignore[import-not-found]
 
@@ -45,7 +47,14 @@ def test_an_embedder_without_its_device_names_the_key(shop: Shop) -> None:
 
 def test_a_build_is_searched_as_its_embeddings_are(shop: Shop) -> None:
     report = build(shop.config)
-    assert (report["items"], report["left_out"], report["without_picture"]) == (ITEMS - 1, ["i5"], ["i3", "i4"])
+    assert (report["items"], report["left_out"], report["without_picture"]) == (ITEMS - 1, 1, 2)
+    listed = unusable(shop.config)
+    assert (listed[LEFT_OUT], listed[TEXT_ONLY]) == (1, 2)
+    assert pq.read_table(listed["written"]).sort_by("item_id").to_pylist() == [
+        {"item_id": "i3", "state": TEXT_ONLY},
+        {"item_id": "i4", "state": TEXT_ONLY},
+        {"item_id": "i5", "state": LEFT_OUT},
+    ]
     assert (report["factory"], report["recall_at_10"]) == ("Flat", 1.0)
     embedded, queries = shop.embedded(), ask()
     assert set(embedded) == {row["item_id"] for row in shop.rows} - {"i5"}
@@ -108,12 +117,14 @@ def test_updates_and_their_compaction_find_what_a_fresh_build_would(shop: Shop) 
     first = [shop.item(1, seed=301), {**shop.rows[2], "price": 7.5}, shop.item(70), shop.item(71)]
     first.append({**shop.rows[8], "image": None, "title": None})  # nothing is left to embed
     updated = update(shop.changes("monday", first, ["i10", "i11", "nobody"]))
-    assert updated["changes"] == dict(embedded=3, reused=1, replaced=3, deleted=2, unknown=1, broken=0)
+    counts = dict(embedded=3, reused=1, replaced=3, deleted=2, unknown=1, broken=0, without_picture=0, left_out=1)
+    assert updated["changes"] == counts
     second = [shop.item(10, seed=310), shop.item(70, seed=370)]
-    tuesday = shop.changes("tuesday", second, ["i12", "i71"])
+    tuesday = shop.changes("tuesday", second, ["i12", "i71", "i5"])
     updated = update(tuesday)
     assert updated["items"] == ITEMS - 1 - 3 + 2 + 1 - 2
-    assert "i8" in updated["left_out"]
+    assert (updated["changes"]["deleted"], updated["changes"]["unknown"]) == (2, 0), "i5 was not found, but known"
+    assert unusable(shop.config)[LEFT_OUT] == 1, "i8, and i5 no more"
     assert update(tuesday)["reused"], "the same changes again are none"
     by_updates = shop.search(queries, 15)
     shown = shop.shown()
@@ -128,13 +139,13 @@ def test_updates_and_their_compaction_find_what_a_fresh_build_would(shop: Shop) 
 
     compacted = compact(shop.config)
     assert compacted["items"] == updated["items"]
-    assert compacted["left_out"] == updated["left_out"]
+    assert (compacted["left_out"], unusable(shop.config)[LEFT_OUT]) == (1, 1)
     assert describe(shop.config)["updated_share"] == 0
     same(shop.search(queries, 15), by_updates)
 
     for row in (*first, *second):
         rows[row["item_id"]] = row
-    for item_id in ("i11", "i12", "i71"):
+    for item_id in ("i5", "i11", "i12", "i71"):
         del rows[item_id]
     shop.write_items(list(rows.values()))
     fresh = build(shop.config)

@@ -142,8 +142,6 @@ def publish_version(
             for n in range(shards)
         ],
         "items": ITEMS,
-        "without_picture": [],
-        "left_out": [],
         "recall_at_10": 1.0,
         "recall_queries": 0,
     }

@@ -110,8 +110,6 @@ def _embed(
         "partitions": job.partitions,
         "parts": sorted(summaries),
         **{name: sum(part[name] for part in summaries.values()) for name in COUNTS},
-        "without_picture": sorted(item for part in summaries.values() for item in part["without_picture"]),
-        "left_out": sorted(item for part in summaries.values() for item in part["left_out"]),
     }
     try:
         return versions.publish(storage, KIND, job.version, content)

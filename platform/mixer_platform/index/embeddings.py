@@ -102,12 +102,14 @@ def read_rows(
     return rows if columns is None else rows.select(list(columns))
 
 
-def stream(storage: Storage, chain: Chain, wanted: Span) -> Iterator[pa.Table]:
+def stream(
+    storage: Storage, chain: Chain, wanted: Span, columns: Sequence[str] | None = None, every_state: bool = False
+) -> Iterator[pa.Table]:
     """Yield the rows that `read_rows` returns, partition by partition, in order of id."""
     parts = max(manifest["partitions"] for manifest in chain)
     for number in overlapping(wanted, parts):
         first, last = span(number, parts)
-        rows = read_rows(storage, chain, (max(first, wanted[0]), min(last, wanted[1])))
+        rows = read_rows(storage, chain, (max(first, wanted[0]), min(last, wanted[1])), columns, every_state)
         if rows is not None and len(rows):
             yield rows
 

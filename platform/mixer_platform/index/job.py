@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import tempfile
 import time
@@ -23,7 +22,8 @@ from mixer_platform.index.embed import Changes, embed_changes, embed_items
 from mixer_platform.index.embeddings import Chain, chain_of
 from mixer_platform.index.lifecycle import sound, swap, updated_share
 from mixer_platform.index.update import consolidate, write_deltas
-from mixer_platform.inputs import IMAGE, REASON, find_input, find_optional, read_input
+from mixer_platform.index.worker import COUNTS
+from mixer_platform.inputs import IMAGE, REASON, count_rows, find_input, find_optional, read_input
 from mixer_platform.schema import DELETED, ITEMS, QUERIES
 from mixer_platform.storage import Storage, open_storage, read_uri
 
@@ -69,7 +69,7 @@ def update(config: RunConfig) -> dict[str, Any]:
     fingerprint = versions.fingerprint(_FORM, index.version, made["version"])
 
     def content(version: str) -> dict[str, Any]:
-        counts = {name: made[name] for name in ("embedded", "reused", "replaced", "deleted", "unknown", "broken")}
+        counts = {name: made[name] for name in COUNTS if name not in ("items", "repeated")}
         return {**write_deltas(storage, version, index, made), "changes": counts}
 
     manifest = _publish(storage, fingerprint, content, tag, started)
@@ -161,14 +161,18 @@ def _changes(config: RunConfig) -> Changes:
 
 
 def recall_queries(storage: Storage, model: str, config: RunConfig) -> np.ndarray:
-    """Embed some of the shop's query photos, float32 [n, dim]: recall is measured on what people will ask."""
+    """Embed some of the shop's query photos, drawn at random, float32 [n, dim]: recall is measured on what people will
+    ask."""
     with tempfile.TemporaryDirectory() as scratch:
         names = (QUERY_GRAPH, SETTINGS)
         embedder = QueryEmbedder(versions.fetch(storage, f"models/{model}", scratch, names))
     pixels: list[np.ndarray] = []
-    rows = read_input(find_input(config.data, QUERIES)).iter_rows()
-    for row in itertools.islice(rows, 4 * config.index.recall_queries):
-        if len(pixels) == config.index.recall_queries:
+    files, wanted = find_input(config.data, QUERIES), config.index.recall_queries
+    rows, share = read_input(files), 4 * wanted / max(1, count_rows(files))  # more than are wanted: some are unusable
+    drawn = (rows if share >= 1 else rows.random_sample(share, seed=0)).take_all()
+    for place in np.random.default_rng(0).permutation(len(drawn)):
+        row = drawn[place]
+        if len(pixels) == wanted:
             break
         try:
             if row[REASON] is None:

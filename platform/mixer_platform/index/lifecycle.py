@@ -8,6 +8,10 @@ import tempfile
 import time
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import StorageError, VersionError
@@ -22,6 +26,7 @@ from mixer_platform.gallery import (
     segment_folders,
 )
 from mixer_platform.index import embeddings
+from mixer_platform.item_ids import span
 from mixer_platform.storage import Storage, open_storage
 
 PUBLICATIONS = "publications"  # what was served when, each with what it followed: <milliseconds>-<version>.json
@@ -88,6 +93,26 @@ def describe(config: RunConfig) -> dict[str, Any]:
         "embeddings": [each["version"] for each in embeddings.chain_of(storage, manifest.embeddings)],
         "served": [entry["version"] for entry in _history(storage)],
     }
+
+
+def unusable(config: RunConfig) -> dict[str, Any]:
+    """Write the items of `index.version` that are found by their text alone, and those that are left out, to
+    `reports/<version>-unusable.parquet` (item_id, state); return how many there are."""
+    storage = open_storage(config.workspace)
+    manifest = read_manifest(storage, config.index.version)
+    chain = embeddings.chain_of(storage, manifest.embeddings)
+    states = pa.array([embeddings.TEXT_ONLY, embeddings.LEFT_OUT])
+    schema = pa.schema([("item_id", pa.string()), ("state", pa.string())])
+    sink, counts = pa.BufferOutputStream(), dict.fromkeys(states.to_pylist(), 0)
+    with pq.ParquetWriter(sink, schema) as writer:
+        for rows in embeddings.stream(storage, chain, span(0, 1), ["item_id", embeddings.STATE], every_state=True):
+            listed = rows.filter(pc.is_in(rows[embeddings.STATE], states)).rename_columns(schema.names).cast(schema)
+            writer.write_table(listed)
+            for state in counts:
+                counts[state] += pc.sum(pc.equal(listed["state"], state)).as_py() or 0
+    key = f"reports/{manifest.version}-unusable.parquet"
+    storage.write(key, sink.getvalue().to_pybytes())
+    return {"version": manifest.version, **counts, "written": f"{storage.uri}/{key}"}
 
 
 def gc(config: RunConfig) -> dict[str, Any]:

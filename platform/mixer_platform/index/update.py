@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
@@ -30,14 +29,12 @@ def write_deltas(storage: Storage, version: str, index: IndexManifest, changes: 
         for number, entry in numbered
     ]
     entries = ray.get(work)
-    touched = set(_touched(storage, changes))
-    content = index.model_dump(exclude={"version", "created_ms", "embeddings", "shards", "items", *_LISTED})
+    content = index.model_dump(exclude={"version", "created_ms", "embeddings", "shards", "items"})
     return {
         **content,
         "embeddings": changes["version"],
         "shards": [entry.model_dump() for entry in entries],
         "items": sum(entry.count for entry in entries),
-        **{name: sorted({*getattr(index, name)} - touched | {*changes[name]}) for name in _LISTED},
     }
 
 
@@ -65,12 +62,8 @@ def consolidate(storage: Storage, chain: Chain) -> dict[str, Any]:
         "partitions": partitions,
         "parts": sorted(summaries),
         **{name: sum(part[name] for part in summaries.values()) for name in COUNTS},
-        **{name: sorted(item for part in summaries.values() for item in part[name]) for name in _LISTED},
     }
     return versions.publish(storage, embeddings.KIND, version, content)
-
-
-_LISTED = ("without_picture", "left_out")
 
 
 @ray.remote(num_cpus=1)
@@ -97,12 +90,7 @@ def _consolidate(number: int, uri: str, version: str, chain: Chain, partitions: 
         return
     rows = rows.drop_columns([REPLACES]) if REPLACES in rows.column_names else rows
     summary: dict[str, Any] = dict.fromkeys(COUNTS, 0)
-    for name, state in (("without_picture", TEXT_ONLY), ("left_out", LEFT_OUT)):
-        summary[name] = rows.filter(pc.equal(rows[STATE], state))["item_id"].to_pylist()
-    summary["items"] = summary["reused"] = len(rows) - len(summary["left_out"])
+    states = rows[STATE].to_pylist()
+    summary |= {"without_picture": states.count(TEXT_ONLY), "left_out": states.count(LEFT_OUT)}
+    summary["items"] = summary["reused"] = len(rows) - summary["left_out"]
     write_part(storage, version, number, rows, summary)
-
-
-def _touched(storage: Storage, changes: dict[str, Any]) -> list[str]:
-    rows = read_rows(storage, [changes], span(0, 1), ["item_id"], every_state=True)
-    return [] if rows is None else pa.concat_tables([rows])["item_id"].to_pylist()

@@ -39,7 +39,18 @@ from mixer_platform.storage import open_storage, read_uri
 
 PARTITION = "__partition"
 DELETED_ROW = "__deleted"
-COUNTS = ("items", "embedded", "reused", "replaced", "deleted", "unknown", "repeated", "broken")
+COUNTS = (
+    "items",
+    "embedded",
+    "reused",
+    "replaced",
+    "deleted",
+    "unknown",
+    "repeated",
+    "broken",
+    "without_picture",
+    "left_out",
+)
 _READERS = 4  # threads that read and decode pictures while the graph runs
 
 Given = TypeVar("Given")
@@ -68,10 +79,12 @@ class Content(NamedTuple):
 
 
 class Known(NamedTuple):
-    """What is on disk of a partition's items: their ids, and by fingerprint the row that holds an embedding."""
+    """What is on disk of a partition's items: their ids, whether one is found or was left out, and by fingerprint the
+    row that holds an embedding."""
 
     ids: dict[str, int]
     found: set[str]
+    left_out: set[str]
     rows: dict[str, int]
     states: list[str]
 
@@ -125,12 +138,12 @@ class ItemWorker:
         if update:
             replaces = [item_id in known.found for item_id in item_ids]
             table = table.append_column(REPLACES, pa.array(replaces, pa.bool_()))
-            gone = [item_id for item_id in deleted if item_id in known.found]
-            table = pa.concat_tables([table, _gone(gone, known.ids, table.schema)])
-            summary |= {"replaced": sum(replaces), "deleted": len(gone), "unknown": len(deleted) - len(gone)}
-        summary["without_picture"] = [item for item, state in zip(item_ids, states, strict=True) if state == TEXT_ONLY]
-        summary["left_out"] = [item for item, state in zip(item_ids, states, strict=True) if state == LEFT_OUT]
-        summary["items"] = len(item_ids) - len(summary["left_out"])
+            gone = [item_id for item_id in deleted if item_id in known.found | known.left_out]
+            found = [item_id in known.found for item_id in gone]
+            table = pa.concat_tables([table, _gone(gone, found, known.ids, table.schema)])
+            summary |= {"replaced": sum(replaces), "deleted": sum(found), "unknown": len(deleted) - len(gone)}
+        summary |= {"without_picture": states.count(TEXT_ONLY), "left_out": states.count(LEFT_OUT)}
+        summary["items"] = len(item_ids) - summary["left_out"]
         summary["embedded"] = summary["items"] - summary["reused"]
         write_part(self.storage, self.job.version, number, table, summary)
 
@@ -138,11 +151,12 @@ class ItemWorker:
         wanted, columns = span(number, self.job.partitions), ["item_id", "id", "fingerprint", STATE]
         rows = read_rows(self.storage, self.job.known, wanted, columns, every_state=True) if self.job.known else None
         if rows is None:
-            return Known({}, set(), {}, [])
+            return Known({}, set(), set(), {}, [])
         item_ids, states = rows["item_id"].to_pylist(), rows[STATE].to_pylist()
         found = {item for item, state in zip(item_ids, states, strict=True) if state in (WHOLE, TEXT_ONLY)}
+        left_out = {item for item, state in zip(item_ids, states, strict=True) if state == LEFT_OUT}
         prints = {each: row for row, each in enumerate(rows["fingerprint"].to_pylist()) if each}
-        return Known(dict(zip(item_ids, rows["id"].to_pylist(), strict=True)), found, prints, states)
+        return Known(dict(zip(item_ids, rows["id"].to_pylist(), strict=True)), found, left_out, prints, states)
 
     def _embed(self, number: int, rows: pa.Table, known: Known) -> tuple[np.ndarray, list[str], list[str], int]:
         """Return embeddings [n, dim], fingerprints and states, and how many embeddings were known already."""
@@ -232,13 +246,13 @@ def check_apart(rows: pa.Table) -> None:
         raise InputError(f"item {twice[0]['values'].as_py()!r} is both in items and in deleted; keep one of them")
 
 
-def _gone(item_ids: list[str], ids: dict[str, int], schema: pa.Schema) -> pa.Table:
-    """Return rows that hide these items."""
+def _gone(item_ids: list[str], found: list[bool], ids: dict[str, int], schema: pa.Schema) -> pa.Table:
+    """Return rows that hide these items, given whether each is found in the index below."""
     columns: dict[str, Any] = {field.name: pa.nulls(len(item_ids), field.type) for field in schema}
     dim = schema.field("embedding").type.list_size
     columns["id"] = pa.array([ids[item_id] for item_id in item_ids], pa.int64())
     columns["item_id"] = pa.array(item_ids, schema.field("item_id").type)
     columns["embedding"] = embedding_column(np.zeros((len(item_ids), dim), np.float32))
     columns[STATE] = pa.array([DELETED] * len(item_ids), pa.string())
-    columns[REPLACES] = pa.array([True] * len(item_ids), pa.bool_())
+    columns[REPLACES] = pa.array(found, pa.bool_())
     return pa.table(columns, schema=schema)
