@@ -12,13 +12,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 
 from mixer_platform.errors import InputError
-from mixer_platform.schema import Table, broken_rows, check_attributes, check_schema, conform
+from mixer_platform.item_ids import hash_of
+from mixer_platform.schema import (
+    NO_COLUMNS,
+    Table,
+    broken_rows,
+    check_attributes,
+    check_schema,
+    common_attributes,
+    conform,
+)
 from mixer_platform.storage import LocalStorage, Storage, file_tag, open_storage, resolve_uri
 
 REASON = "__reason"  # why a row is not used, null if it is
@@ -31,12 +41,16 @@ _ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
 
 @dataclass(frozen=True)
 class InputFiles:
-    """The files of one input table, their common ending, and tags that change when they do."""
+    """The files of one input table, their common ending, and tags that change when they do.
+
+    attributes: those of Parquet files, with types that all files share.
+    """
 
     table: Table
     storage: Storage
     tags: dict[str, str]
     ending: str
+    attributes: pa.Schema = NO_COLUMNS
 
     @property
     def paths(self) -> list[str]:
@@ -94,14 +108,26 @@ def _sum_of_tags(batch: pa.Table) -> pa.Table:
     return pa.table({"tag": [total]})
 
 
-def read_input(files: InputFiles) -> ray.data.Dataset:
+def read_input(files: InputFiles, share: float = 1.0) -> ray.data.Dataset:
     """Return the rows with the contract's columns plus REASON and RAW.
 
     IMAGE is beside the picture column `image`, where the table has one; OTHERS is there where no attributes are kept.
+    Of less than all rows, a `share` is drawn by the hash of their first column, or of a line: the same ones each time.
     """
     to_table = None if files.ending == ".parquet" else partial(_parse_lines, table=files.table)
-    mark = partial(mark_rows, table=files.table, root=files.pictures_root, to_table=to_table)
-    return _read(files).map_batches(mark, batch_format="pyarrow", batch_size=None)
+    mark = partial(
+        mark_rows, table=files.table, root=files.pictures_root, to_table=to_table, attributes=files.attributes
+    )
+    rows = _read(files)
+    if share < 1:
+        key = files.table.columns.names[0] if files.ending == ".parquet" else "line"
+        rows = rows.map_batches(partial(_drawn, key=key, share=share), batch_format="pyarrow", batch_size=None)
+    return rows.map_batches(mark, batch_format="pyarrow", batch_size=None)
+
+
+def _drawn(batch: pa.Table, key: str, share: float) -> pa.Table:
+    hashes = [hash_of(str(value)) for value in batch[key].to_pylist()]
+    return batch.filter(pa.array(np.array(hashes, np.int64) < share * 2**63))
 
 
 def count_rows(files: InputFiles) -> int:
@@ -142,12 +168,14 @@ def read_lines(keys: pa.Table, storage: Storage) -> Iterator[pa.Table]:
             raise _not_whole(f"{storage.uri}/{key}", "file", error) from error
 
 
-def mark_rows(batch: pa.Table, table: Table, root: str, to_table=None) -> pa.Table:  # type: ignore[no-untyped-def]
+def mark_rows(  # type: ignore[no-untyped-def]
+    batch: pa.Table, table: Table, root: str, to_table=None, attributes: pa.Schema = NO_COLUMNS
+) -> pa.Table:
     """Conform a batch and say of each row why it is broken, keeping the row as it came (pure)."""
     lines = None
     if to_table is not None:
         batch, lines = to_table(batch)
-    sound = conform(batch, table)
+    sound = conform(batch, table, attributes)
     reasons = broken_rows(sound, table)
     if lines is not None:
         reasons = pc.coalesce(lines[REASON], reasons)
@@ -256,21 +284,21 @@ def _checked(table: Table, storage: Storage, tags: dict[str, str], address: str)
         raise InputError(f"{address}: not found; expected {table.name}.parquet, .jsonl, .jsonl.gz or a folder of such")
     if len(endings) > 1:
         raise InputError(f"{address}: mixes {' and '.join(endings)}; keep one kind of file a table")
-    files = InputFiles(table, storage, tags, endings[0])
-    if endings[0] == ".parquet":
-        for key in tags:
-            _check_parquet(files, key)
-    return files
+    if endings[0] != ".parquet":
+        return InputFiles(table, storage, tags, endings[0])
+    footers = {f"{storage.uri}/{key}": _footer(storage, key, table) for key in tags}
+    return InputFiles(table, storage, tags, endings[0], common_attributes(footers, table))
 
 
-def _check_parquet(files: InputFiles, key: str) -> None:
-    """Read the footer of one file, so that a broken one is named before any work starts."""
-    source = f"{files.storage.uri}/{key}"
+def _footer(storage: Storage, key: str, table: Table) -> pa.Schema:
+    """Read and check the schema of one file, so that a broken one is named before any work starts."""
+    source = f"{storage.uri}/{key}"
     try:
-        footer = pq.read_schema(files.storage.path(key), filesystem=files.storage.filesystem)
+        footer = pq.read_schema(storage.path(key), filesystem=storage.filesystem)
     except (pa.ArrowInvalid, OSError) as error:
         raise _not_whole(source, "Parquet file", error) from error
-    check_schema(footer, files.table, source)
+    check_schema(footer, table, source)
+    return footer
 
 
 def _not_whole(source: str, kind: str, error: Exception) -> InputError:

@@ -15,8 +15,12 @@ Span = tuple[int, int]  # the first and the last id of a range
 
 def probes(item_id: str) -> list[int]:
     """Return the ids that an item may have, the likeliest first: its hash, and what lies beside it."""
-    hashed = int.from_bytes(hashlib.blake2b(item_id.encode(), digest_size=8).digest(), "big") >> 1
-    return [hashed ^ step for step in range(_PROBES)]
+    return [hash_of(item_id) ^ step for step in range(_PROBES)]
+
+
+def hash_of(text: str) -> int:
+    """Return the 63-bit hash of a text."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def assign_ids(item_ids: Sequence[str], known: Mapping[str, int]) -> np.ndarray:

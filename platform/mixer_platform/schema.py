@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -112,13 +112,44 @@ def check_attributes(names: Iterable[str], table: Table, source: str) -> None:
         )
 
 
-def conform(batch: pa.Table, table: Table) -> pa.Table:
+def common_attributes(found: Mapping[str, pa.Schema], table: Table) -> pa.Schema:
+    """Return each attribute of `table` with a type that holds it in all files, whose schemas are `found` by source.
+
+    Raises InputError where there is none, naming two of the files.
+    """
+    common: dict[str, pa.DataType] = {}
+    before: dict[str, tuple[str, pa.DataType]] = {}
+    for source, schema in found.items() if table.keep_others else ():
+        for field in schema:
+            if field.name in table.columns.names:
+                continue
+            kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+            known = common.get(field.name, kind)
+            try:
+                both = [pa.schema([(field.name, each)]) for each in (known, kind)]
+                common[field.name] = pa.unify_schemas(both, promote_options="permissive").field(0).type
+            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+                other, differs = before[field.name]
+                raise InputError(
+                    f"{source}: column {field.name} is {kind}, in {other} it is {differs}; cast one of them"
+                ) from error
+            if not pa.types.is_null(kind):
+                before[field.name] = source, kind
+    return pa.schema(list(common.items()))
+
+
+def conform(batch: pa.Table, table: Table, attributes: pa.Schema = NO_COLUMNS) -> pa.Table:
     """Return `batch` with exactly the contract's columns and types; optional ones that are missing become null.
 
-    Attributes of items (`keep_others`) are kept as they are. A number that does not fit its column becomes null,
-    which `broken_rows` then names.
+    Attributes of items (`keep_others`) are kept, those of `attributes` with its types, in every batch. A number that
+    does not fit its column becomes null, which `broken_rows` then names.
     """
     names = {name: batch[name] for name in batch.column_names} if table.keep_others else {}
+    for field in attributes:
+        there = field.name in names
+        names[field.name] = (
+            pc.cast(names[field.name], field.type, safe=False) if there else pa.nulls(batch.num_rows, field.type)
+        )
     for field in table.columns:
         if field.name in batch.column_names:
             names[field.name] = _cast(batch[field.name], field.type)

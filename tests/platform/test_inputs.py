@@ -55,6 +55,41 @@ def marked(lines: list[Any], table=LOGS) -> list[dict[str, Any]]:  # type: ignor
     return mark_rows(pa.table({"line": encoded}), table, "/d", lambda batch: parse_lines(batch, table)).to_pylist()
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_attribute_has_one_type_in_all_files(tmp_path: Path) -> None:
+    (tmp_path / "items").mkdir()
+    parts: list[dict[str, pa.Array]] = [
+        {"price": pa.array([3], pa.int64()), "colour": pa.nulls(1)},
+        {"price": pa.array([2.5]), "colour": pa.array(["red"]).dictionary_encode()},
+        {"colour": pa.array(["blue"])},
+    ]
+    for number, columns in enumerate(parts):
+        table = pa.table({"item_id": [f"i{number}"], **columns})
+        pq.write_table(table, tmp_path / f"items/part-{number}.parquet")
+    batches = list(read_input(find_input(str(tmp_path), ITEMS)).iter_batches(batch_size=1, batch_format="pyarrow"))
+    assert {(str(batch["price"].type), str(batch["colour"].type)) for batch in batches} == {("double", "string")}
+    rows = [(row["item_id"], row["price"], row["colour"]) for batch in batches for row in batch.to_pylist()]
+    assert sorted(rows) == [("i0", 3.0, None), ("i1", 2.5, "red"), ("i2", None, "blue")]
+
+    other = pa.table({"item_id": ["i3"], "price": ["cheap"]})
+    pq.write_table(other, tmp_path / "items/part-3.parquet")
+    wanted = "DATA/items/part-3.parquet: column price is string, in DATA/items/part-1.parquet it is double"
+    assert said(tmp_path, ITEMS) == f"{wanted}; cast one of them"
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_a_share_of_the_rows_is_the_same_one_each_time(tmp_path: Path, ending: str) -> None:
+    for part in range(2):
+        rows = [{"query_id": f"q{part}-{row}", "image": "p.png"} for row in range(200)]
+        write_queries(tmp_path / f"queries/part-{part}.{ending}", rows)
+    files = find_input(str(tmp_path), QUERIES)
+    fifth, again, half = ({row["query_id"] for row in read_input(files, s).take_all()} for s in (0.2, 0.2, 0.5))
+    assert fifth == again < half
+    assert 40 < len(fifth) < 130
+    assert {row.partition("-")[0] for row in fifth} == {"q0", "q1"}
+
+
 def test_no_folder_no_file_and_an_empty_folder(tmp_path: Path) -> None:
     assert said(tmp_path / "none").startswith("DATA: no such folder; data= names the folder")
     sought = "DATA/queries: not found; expected queries.parquet, .jsonl, .jsonl.gz or a folder of such"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,9 @@ MODES: dict[str, tuple[Any, ...]] = {
     "zero2-parts": (2, "fp32", 8.0, 2),
     "zero3": (3, "fp32", 0.5),
     "zero3-parts": (3, "fp32", 8.0, 2),
-    "zero1-bf16": (1, "bf16", 0.5),  # the last: DeepSpeed's autocast is a setting of the process
+    "zero1-bf16": (1, "bf16", 0.5),  # the last two: DeepSpeed's autocast is a setting of the process
+    "zero3-bf16": (3, "bf16", 0.5),
 }
-CUT_ALL = {"stage": 3, "stage3_param_persistence_threshold": 0}
 STOPS = [2, 4, STEPS]  # 2 workers, then 1, then 3
 
 # The rows of each worker of two in each step: uneven, without photos (< PHOTOS), without items, without anything.
@@ -75,9 +76,16 @@ def make_trainer(
     )
     with pytest.MonkeyPatch.context() as patch:
         if zero_stage == 3:  # cut them all: as it comes, parameters as small as these are kept whole
-            known = engine._deepspeed_config
-            patch.setattr(engine, "_deepspeed_config", lambda *given: {**known(*given), "zero_optimization": CUT_ALL})
+            patch.setattr(engine, "_deepspeed_config", cutting_all(engine._deepspeed_config))
         return engine.HybridTrainer(FrozenTower(towers), head, config, STEPS)
+
+
+def cutting_all(known: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    def config(*given: Any) -> dict[str, Any]:
+        found = known(*given)
+        return {**found, "zero_optimization": {**found["zero_optimization"], "stage3_param_persistence_threshold": 0}}
+
+    return config
 
 
 def make_batch(rows: list[int]) -> Batch:

@@ -13,7 +13,7 @@ import ray.data
 from mixer_platform import versions
 from mixer_platform.config import IndexConfig
 from mixer_platform.errors import ConflictError, InputError
-from mixer_platform.index.embeddings import KIND, Chain, check_finished, display_schema, read_summaries
+from mixer_platform.index.embeddings import FORM, KIND, Chain, check_finished, display_schema, read_summaries
 from mixer_platform.index.worker import COUNTS, DELETED_ROW, PARTITION, ItemWorker, Job
 from mixer_platform.inputs import IMAGE, REASON, InputFiles, count_rows, pictures_tag, read_input
 from mixer_platform.item_ids import part_of, probes
@@ -38,7 +38,7 @@ def embed_items(storage: Storage, items: InputFiles, model: str, known: Chain, c
     """
     partitions = partitions_for(count_rows(items), config.partition_items)
     # The model's version, not its fingerprint: trained again it is the same up to rounding only.
-    version = versions.fingerprint(items.storage.uri, items.tags, pictures_tag(items), model, partitions)
+    version = versions.fingerprint(FORM, items.storage.uri, items.tags, pictures_tag(items), model, partitions)
     job = Job(storage.uri, version, model, partitions, known, config.batch_size, config.embedder_device)
     manifest = _embed(storage, job, read_input(items), {"base": None}, config)
     if not manifest["items"]:
@@ -53,7 +53,7 @@ def embed_changes(storage: Storage, changes: Changes, base: Chain, config: Index
     Raises InputError for a column that the base does not have, and for an item that is both changed and deleted.
     """
     tags = [(files.storage.uri, files.tags) for files in changes if files is not None]
-    content = versions.fingerprint(tags, pictures_tag(changes.items) if changes.items else 0)
+    content = versions.fingerprint(FORM, tags, pictures_tag(changes.items) if changes.items else 0)
     if base[0].get("changes") == content:
         return base[0]
     schema = display_schema(storage, base)

@@ -22,6 +22,7 @@ from mixer_platform.item_ids import Span, overlapping, span
 from mixer_platform.storage import Storage
 
 KIND = "embeddings"
+FORM = 2  # of what is written; parts of another form are not gone on from
 STATE = "__state"
 WHOLE, TEXT_ONLY, LEFT_OUT, DELETED = "whole", "text only", "left out", "deleted"
 REPLACES = "__replaces"  # in an update: whether the item was found in the index below

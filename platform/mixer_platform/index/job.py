@@ -24,12 +24,13 @@ from mixer_platform.index.lifecycle import sound, swap, updated_share
 from mixer_platform.index.update import consolidate, write_deltas
 from mixer_platform.index.worker import COUNTS
 from mixer_platform.inputs import IMAGE, REASON, count_rows, find_input, find_optional, read_input
+from mixer_platform.item_ids import hash_of
 from mixer_platform.schema import DELETED, ITEMS, QUERIES
 from mixer_platform.storage import Storage, open_storage, read_uri
 
 _SHAPE = {"shards", "factory", "recall_at_10", "memory", "latency_ms", "recall_queries"}
 _MOST_UPDATES = 8  # that a search passes through; more are compacted
-_FORM = 2  # of what is written; versions of another form are not taken again
+_FORM = 3  # of what is written; versions of another form are not taken again
 _log = logging.getLogger(__name__)
 
 
@@ -161,17 +162,16 @@ def _changes(config: RunConfig) -> Changes:
 
 
 def recall_queries(storage: Storage, model: str, config: RunConfig) -> np.ndarray:
-    """Embed some of the shop's query photos, drawn at random, float32 [n, dim]: recall is measured on what people will
-    ask."""
+    """Embed some of the shop's query photos, drawn by their ids' hashes, float32 [n, dim]: recall is measured on what
+    people will ask."""
     with tempfile.TemporaryDirectory() as scratch:
         names = (QUERY_GRAPH, SETTINGS)
         embedder = QueryEmbedder(versions.fetch(storage, f"models/{model}", scratch, names))
     pixels: list[np.ndarray] = []
     files, wanted = find_input(config.data, QUERIES), config.index.recall_queries
-    rows, share = read_input(files), 4 * wanted / max(1, count_rows(files))  # more than are wanted: some are unusable
-    drawn = (rows if share >= 1 else rows.random_sample(share, seed=0)).take_all()
-    for place in np.random.default_rng(0).permutation(len(drawn)):
-        row = drawn[place]
+    share = (4 * wanted + 32) / max(1, count_rows(files))  # more than are wanted: some are unusable
+    drawn = read_input(files, share).take_all()
+    for row in sorted(drawn, key=lambda row: hash_of(row["query_id"] or "")):
         if len(pixels) == wanted:
             break
         try:

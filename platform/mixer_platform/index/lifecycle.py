@@ -96,8 +96,8 @@ def describe(config: RunConfig) -> dict[str, Any]:
 
 
 def unusable(config: RunConfig) -> dict[str, Any]:
-    """Write the items of `index.version` that are found by their text alone, and those that are left out, to
-    `reports/<version>-unusable.parquet` (item_id, state); return how many there are."""
+    """Write the items of `index.version` without a usable picture, which are found by their text alone or, without
+    one, left out, to `reports/<version>-unusable.parquet` (item_id, state); return how many there are."""
     storage = open_storage(config.workspace)
     manifest = read_manifest(storage, config.index.version)
     chain = embeddings.chain_of(storage, manifest.embeddings)
@@ -107,7 +107,8 @@ def unusable(config: RunConfig) -> dict[str, Any]:
     with pq.ParquetWriter(sink, schema) as writer:
         for rows in embeddings.stream(storage, chain, span(0, 1), ["item_id", embeddings.STATE], every_state=True):
             listed = rows.filter(pc.is_in(rows[embeddings.STATE], states)).rename_columns(schema.names).cast(schema)
-            writer.write_table(listed)
+            if len(listed):
+                writer.write_table(listed)
             for state in counts:
                 counts[state] += pc.sum(pc.equal(listed["state"], state)).as_py() or 0
     key = f"reports/{manifest.version}-unusable.parquet"

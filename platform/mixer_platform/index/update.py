@@ -6,13 +6,24 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
 from mixer_platform import versions
 from mixer_platform.gallery import KIND, IndexManifest, ShardEntry
 from mixer_platform.index import embeddings
-from mixer_platform.index.embeddings import DELETED, LEFT_OUT, REPLACES, STATE, TEXT_ONLY, Chain, read_rows, write_part
+from mixer_platform.index.embeddings import (
+    DELETED,
+    LEFT_OUT,
+    REPLACES,
+    STATE,
+    TEXT_ONLY,
+    WHOLE,
+    Chain,
+    read_rows,
+    write_part,
+)
 from mixer_platform.index.segments import write_delta
 from mixer_platform.index.worker import COUNTS
 from mixer_platform.item_ids import span
@@ -40,7 +51,7 @@ def write_deltas(storage: Storage, version: str, index: IndexManifest, changes: 
 
 def consolidate(storage: Storage, chain: Chain) -> dict[str, Any]:
     """Write the newest rows of a chain of embeddings as a version that lies on none; return its manifest."""
-    version = versions.fingerprint("consolidated", chain[0]["version"])
+    version = versions.fingerprint("consolidated", embeddings.FORM, chain[0]["version"])
     if done := versions.manifest(storage, embeddings.KIND, version):
         return done
     partitions = chain[0]["partitions"]
@@ -73,6 +84,8 @@ def _write_delta(
     storage = open_storage(uri)
     # Only the changes: what lies below them is in the segments before.
     rows = read_rows(storage, [changes], span(number, shards), every_state=True)
+    if rows is not None:  # what is not found, now or before, changes nothing
+        rows = rows.filter(pc.or_(pc.is_in(rows[STATE], pa.array([WHOLE, TEXT_ONLY])), rows[REPLACES]))
     if rows is None or not len(rows):
         return entry
     with tempfile.TemporaryDirectory() as scratch:

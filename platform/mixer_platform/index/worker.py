@@ -138,10 +138,10 @@ class ItemWorker:
         if update:
             replaces = [item_id in known.found for item_id in item_ids]
             table = table.append_column(REPLACES, pa.array(replaces, pa.bool_()))
-            gone = [item_id for item_id in deleted if item_id in known.found | known.left_out]
+            gone = [item_id for item_id in deleted if item_id in known.found or item_id in known.left_out]
             found = [item_id in known.found for item_id in gone]
             table = pa.concat_tables([table, _gone(gone, found, known.ids, table.schema)])
-            summary |= {"replaced": sum(replaces), "deleted": sum(found), "unknown": len(deleted) - len(gone)}
+            summary |= {"replaced": sum(replaces), "deleted": sum(found), "unknown": len(deleted) - sum(found)}
         summary |= {"without_picture": states.count(TEXT_ONLY), "left_out": states.count(LEFT_OUT)}
         summary["items"] = len(item_ids) - summary["left_out"]
         summary["embedded"] = summary["items"] - summary["reused"]

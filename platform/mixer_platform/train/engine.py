@@ -22,6 +22,7 @@ from mixer_platform.config import TrainConfig
 from mixer_platform.train.stopwatch import Stopwatch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOST_IN_BUCKET = 500_000_000  # gradients that travel together; DeepSpeed's default
 
 
 class HybridTrainer:
@@ -35,7 +36,7 @@ class HybridTrainer:
         self.engine, self._towers_optimizer, _, _ = deepspeed.initialize(
             model=tower,
             optimizer=torch.optim.AdamW(_groups(tower, config), weight_decay=config.weight_decay),
-            config=_deepspeed_config(config, head.world),
+            config=_deepspeed_config(config, head.world, sum(each.numel() for each in tower.parameters())),
             dist_init_required=False,
         )
         if config.zero_stage:
@@ -124,7 +125,7 @@ class HybridTrainer:
         return state | {name: _whole(parameter, None, self.engine) for name, parameter in self._trained()}
 
     def load_tower_state(self, state: dict[str, Tensor], step: int) -> None:
-        """Go on from what `tower_state` gave, on any number of workers."""
+        """Go on from what `tower_state` gave, on any number of workers; before the first step."""
         if self.config.zero_stage:
             self._load_partitions(state, step)
         else:
@@ -227,12 +228,16 @@ def _load_cut(parameter: nn.Parameter, value: Tensor, moments: dict[str, Tensor]
         safe_set_local_optimizer_state(parameter, mine(values), moment)
 
 
-def _deepspeed_config(config: TrainConfig, world: int) -> dict[str, Any]:
+def _deepspeed_config(config: TrainConfig, world: int, parameters: int) -> dict[str, Any]:
     return {
         # DeepSpeed wants a number; batches are cut by the epoch's plan and may be uneven.
         "train_micro_batch_size_per_gpu": max(1, config.batch_size // world),
         "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": min(parameters, _MOST_IN_BUCKET),  # stage 3 makes all of it at once, for good
+            "memory_efficient_linear": False,  # it would take the place of torch's in the whole process
+        },
         "gradient_clipping": 1.0,  # of the towers' norm, over all workers; DeepSpeed's default, said aloud
         "zero_allow_untested_optimizer": True,
         # Autocast, not DeepSpeed's bf16: that casts the parameters but not the buffers, and then they do not multiply.

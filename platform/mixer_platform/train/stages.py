@@ -121,7 +121,8 @@ def new_trainer(
     ).to(device)
     head.reset(config.seed)
     if before is not None:
-        tower.load_state_dict(before.trained_state(), strict=False)  # what it lacks was not trained
+        unknown = tower.load_state_dict(before.trained_state(), strict=False).unexpected_keys
+        assert not unknown, unknown  # what it lacks was not trained
         head.weight.copy_(before.head_state()["weight"])
     return HybridTrainer(tower.to(device), head, config, config.epochs * -(-rows // config.batch_size))
 
