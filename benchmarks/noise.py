@@ -8,10 +8,11 @@ same, the share of people's clicks that are on wrong items changes. The second t
 clicks a share --wrong is known to be wrong, and moves clicks to another item that was seen on the same page, with the
 dwell time of the simulator's wrong clicks and without what was bought after them, until the wished share is wrong.
 
-The same methods as in quality.py learn from each set of logs, with the demo's configuration or, for FOLDER, that of
-quality.py. Prints a table with 95 % bootstrap intervals over photos and, as its last line, one JSON object. Where the
-simulator knows the truth, label quality is held against it: how many photos are samples at all, how many of these have
-the class of the thing that they show as their likeliest, and how many items share a class with another thing.
+The same methods as in quality.py learn from each set of logs, with its configuration. Prints a table with 95 %
+bootstrap intervals over photos and, as its last line, one JSON object. Where the simulator knows the truth, label
+quality is held against it: how many photos are samples at all, how many of these have the class of the thing that they
+show as their likeliest, and how many items share a class with another thing; and Mixer learns from the true classes of
+these photos too.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from learning import Bench, Classification, arcface, infonce, shared_evidence
-from quality import CONFIG as QUALITY
-from quality import clicked_pairs, cosines, figures_of, hits_of, prepare_bench
+from quality import Method, clicked_pairs, cosines, figures_of, hits_of, prepare_bench
 
+from mixer.targets import Targets
 from mixer_platform import versions
 from mixer_platform.cli import connect
 from mixer_platform.config import load_config
@@ -133,16 +134,23 @@ def relabelled(bench: Bench, data: str, workspace: str) -> Bench:
     return replace(other, clicks=clicked_pairs(other))
 
 
-def label_quality(bench: Bench, data: str) -> dict[str, float]:
-    """Return shares: photos that are samples, of these those of the right class, items in a class with another."""
+def true_classes(bench: Bench, data: str) -> torch.Tensor:
+    """Return the class of what each sample shows, [n]; -1 where no item of it is a sample."""
     truth = pq.read_table(Path(data) / "truth.parquet")
     right = dict(zip(truth["query_id"].to_pylist(), truth["item_id"].to_pylist(), strict=True))
-    labels = bench.samples.labels.tolist()
-    class_of = dict(zip(bench.item_ids, labels[bench.photos :], strict=True))
-    photos = zip(bench.samples.ids[: bench.photos], labels[: bench.photos], strict=True)
-    correct = [label == class_of.get(right[photo]) for photo, label in photos]
-    together = np.bincount(list(class_of.values()))[list(class_of.values())] > 1
-    shares = {"coverage": len(correct) / len(right), "purity": np.mean(correct), "merged": together.mean()}
+    listed = bench.samples.labels[bench.photos :]
+    class_of = dict(zip(bench.item_ids, listed.tolist(), strict=True))
+    shown = [class_of.get(right[photo], -1) for photo in bench.samples.ids[: bench.photos]]
+    return torch.cat([torch.tensor(shown), listed])
+
+
+def label_quality(bench: Bench, true: torch.Tensor, photos: int) -> dict[str, float]:
+    """Return shares: of `photos`, those that are samples, of these those of the right class; items in a class with
+    another."""
+    correct = bench.samples.labels[: bench.photos] == true[: bench.photos]
+    listed = bench.samples.labels[bench.photos :]
+    together = torch.bincount(listed)[listed] > 1
+    shares = {"coverage": bench.photos / photos, "purity": correct.float().mean(), "merged": together.float().mean()}
     return {name: round(float(share), 4) for name, share in shares.items()}
 
 
@@ -174,7 +182,7 @@ def main() -> None:
 def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a row for each level and method; return the figures of each level."""
     heads = ("R@1", "95 %", "wrong clicks", "coverage", "purity", "merged")
-    print(f"{'':10}{'':12}" + "".join(f"{head:>17}" for head in heads))
+    print(f"{'':10}{'':14}" + "".join(f"{head:>17}" for head in heads))
     levels: list[dict[str, Any]] = []
     base: Bench | None = None
     for level in arguments.levels:
@@ -185,16 +193,17 @@ def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         else:
             data, wrong = marketplace(folder, level, arguments.things)
         workspace = str(folder / f"workspace-{level}")
-        base = base or prepare_bench(data, workspace, QUALITY if arguments.data else DEMO)
+        base = base or prepare_bench(data, workspace)
         bench = relabelled(base, data, workspace)
-        methods = {
-            "infonce": infonce,
-            "arcface": arcface,
-            "mixer": Classification(shared_evidence(bench), bench.classes),
-            "sampled": Classification(shared_evidence(bench), bench.classes, rate=0.1),
-        }
+        mixer = Classification(shared_evidence(bench), bench.classes)
+        methods: dict[str, Method] = {"infonce": infonce, "arcface": arcface, "mixer": mixer}
+        methods["sampled"] = replace(mixer, rate=0.1)
         figures: dict[str, Any] = {"level": level, "wrong_clicks": round(wrong, 4)}
-        figures |= {} if arguments.data else label_quality(bench, data)
+        if not arguments.data:
+            true = true_classes(bench, data)
+            figures |= label_quality(bench, true, len(pq.read_table(Path(data) / "queries.parquet")))
+            certain = Targets.certain(true.clamp_min(0), (true >= 0).float())
+            methods["true classes"] = replace(mixer, targets=certain)
         for name, method in methods.items():
             towers = [method(bench, seed) for seed in range(arguments.seeds)]
             runs = [hits_of(bench.item_ids, bench.relevant, cosines(bench, each)) for each in towers]
@@ -202,7 +211,7 @@ def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             low, high = figures[name]["r1_interval"]
             row = [f"{figures[name]['r1']:.3f}", f"{low:.3f} to {high:.3f}"]
             row += [f"{figures[key]:.3f}" for key in ("wrong_clicks", "coverage", "purity", "merged") if key in figures]
-            print(f"{level:<10}{name:12}" + "".join(f"{cell:>17}" for cell in row), flush=True)
+            print(f"{level:<10}{name:14}" + "".join(f"{cell:>17}" for cell in row), flush=True)
         levels.append(figures)
     return levels
 
