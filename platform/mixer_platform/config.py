@@ -83,6 +83,9 @@ class TrainConfig(Section):
     least_workers: int | None = Field(
         None, ge=1, description="go on with so few while the cluster has no room for all workers; null: wait for all"
     )
+    resize_s: float = Field(
+        60, gt=0, description="with least_workers: seconds from look to look for room for more of workers"
+    )
     cpus_per_worker: float = Field(0.5, gt=0, description="leave whole CPUs to Ray Data, or feeding waits for ever")
     gpus_per_worker: float = Field(0, ge=0)
     epochs: int = Field(15, ge=1, description="of each round, over cached features of the frozen encoder")

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -147,28 +147,57 @@ def test_the_driver_is_killed_and_started_again(workspace: Path, architecture: M
 def test_a_node_is_lost_and_those_that_are_left_go_on(
     workspace: Path, architecture: ModelConfig, unbroken: tuple
 ) -> None:
-    settings = {"cpus_per_worker": 3, "least_workers": 1}  # a node has room for one
-    config = make_config(str(workspace), architecture)
-    config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
+    config = elastic(make_config(str(workspace), architecture))
+    with another_node():
+        ray.kill(get_or_create_autoscaling_coordinator())  # the next one looks at once, this one in some time
+        driver = start(config)
+        state = wait(lambda: within_an_epoch(str(workspace)))
+        assert state["world"] == 2
+    check(finish(driver), str(workspace), unbroken, state["history"])
+    run = checkpoints_of(str(workspace))
+    assert run is not None
+    assert run.latest()["world"] == 1
+
+
+def test_a_node_joins_and_takes_a_worker(workspace: Path, architecture: ModelConfig) -> None:
+    config = elastic(make_config(str(workspace), architecture), epochs=1000, resize_s=1)
+    ray.kill(get_or_create_autoscaling_coordinator())
+    others = training_workers()
+    driver = start(config)
+    try:
+        before = wait(lambda: within_an_epoch(str(workspace)))
+        assert before["world"] == 1
+        with another_node():
+            after = wait(lambda: (state := within_an_epoch(str(workspace))) and state["world"] == 2 and state)
+        assert after["history"][: len(before["history"])] == before["history"], "it went on from where it was"
+    finally:
+        driver.kill()
+        driver.communicate()
+        wait(lambda: not training_workers() - others)
+
+
+def elastic(config: RunConfig, **settings: Any) -> RunConfig:
+    """Let a run have one worker or two, of which a node has room for one."""
+    settings |= {"cpus_per_worker": 3, "least_workers": 1}
+    return config.model_copy(update={"train": config.train.model_copy(update=settings)})
+
+
+@contextmanager
+def another_node() -> Iterator[None]:
+    """Let a node of three CPUs join the cluster; it is killed at the end."""
     address = ray.get_runtime_context().gcs_address
     command = [Path(sys.executable).with_name("ray"), "start", f"--address={address}", "--num-cpus=3", "--block"]
     node = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait(lambda: ray.cluster_resources()["CPU"] == 7)
-        ray.kill(get_or_create_autoscaling_coordinator())  # the next one looks at once, this one in some time
-        driver = start(config)
-        state = wait(lambda: within_an_epoch(str(workspace)))
-        assert state["world"] == 2
+        yield
     finally:
         for process in [*psutil.Process(node.pid).children(recursive=True), node]:
             with suppress(psutil.NoSuchProcess):  # it has just ended
                 process.kill()
         node.wait()
         reset_ray_address()  # `ray start` notes the cluster for whoever starts Ray on this machine next
-    check(finish(driver), str(workspace), unbroken, state["history"])
-    run = checkpoints_of(str(workspace))
-    assert run is not None
-    assert run.latest()["world"] == 1
+        wait(lambda: ray.cluster_resources()["CPU"] == 4)
 
 
 def test_the_storage_fails_for_a_while(

@@ -35,6 +35,7 @@ _NOT_LEARNED_FROM: dict[str, Any] = {
     "samples": True,
     "workers": True,
     "least_workers": True,
+    "resize_s": True,
     "cpus_per_worker": True,
     "gpus_per_worker": True,
     "micro_batch": True,
@@ -131,6 +132,7 @@ def _fit(job: dict[str, Any], config: RunConfig) -> None:
             train_loop_config=job,
             scaling_config=ScalingConfig(
                 num_workers=(config.train.least_workers, workers) if config.train.least_workers else workers,
+                elastic_resize_monitor_interval_s=config.train.resize_s,
                 use_gpu=config.train.gpus_per_worker > 0,
                 resources_per_worker=resources,
             ),
