@@ -203,6 +203,22 @@ def check(case: Case, results: list[dict[str, Tensor]]) -> None:
         assert torch.equal(result["likeliest"][sure], best.indices[sure])
 
 
+def test_a_class_may_have_several_centres_all_named_with_equal_evidence() -> None:
+    head = ShardedMarginSoftmax(DIM, 3 * 2, margin=0.0, scale=8.0)
+    head.weight.copy_(torch.randn(3 * 2, DIM, generator=torch.Generator().manual_seed(0)))
+    head.optimizer = Recorder(head.weight)
+    embeddings = F.normalize(torch.randn(5, DIM, generator=torch.Generator().manual_seed(1)), dim=1).requires_grad_()
+    labels = torch.tensor([0, 2, 1, 1, 0])
+    centres = labels[:, None] * 2 + torch.arange(2)
+    targets = Targets(centres, torch.zeros(5, 2), torch.full((5,), -torch.inf), torch.ones(5))
+    loss = head(embeddings, targets)
+    (found,) = torch.autograd.grad(loss, embeddings)
+    shares = (8.0 * embeddings @ F.normalize(head.weight, dim=1).T).softmax(dim=1).unflatten(1, (3, 2)).sum(dim=2)
+    expected = F.nll_loss(shares.log(), labels)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, embeddings)[0])
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("world", [2, 3])
 def test_workers_equal_one_process(ranks, world: int, name: str) -> None:
