@@ -84,7 +84,7 @@ class TrainConfig(Section):
         None, ge=1, description="go on with so few while the cluster has no room for all workers; null: wait for all"
     )
     resize_s: float = Field(
-        60, gt=0, description="with least_workers: seconds from look to look for room for more of workers"
+        60, gt=0, description="with least_workers: seconds from look to look for more nodes, of which Ray hears in 20"
     )
     cpus_per_worker: float = Field(0.5, gt=0, description="leave whole CPUs to Ray Data, or feeding waits for ever")
     gpus_per_worker: float = Field(0, ge=0)

@@ -124,18 +124,34 @@ def common_attributes(found: Mapping[str, pa.Schema], table: Table) -> pa.Schema
             if field.name in table.columns.names:
                 continue
             kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-            known = common.get(field.name, kind)
-            try:
-                both = [pa.schema([(field.name, each)]) for each in (known, kind)]
-                common[field.name] = pa.unify_schemas(both, promote_options="permissive").field(0).type
-            except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+            both = _common_type(common.get(field.name, kind), kind)
+            if both is None:
                 other, differs = before[field.name]
                 raise InputError(
                     f"{source}: column {field.name} is {kind}, in {other} it is {differs}; cast one of them"
-                ) from error
+                )
+            common[field.name] = both
             if not pa.types.is_null(kind):
                 before[field.name] = source, kind
     return pa.schema(list(common.items()))
+
+
+def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """Return a type to which both can be cast and lose nothing unnoticed, None if there is none."""
+    both = (one, other)
+    if one == other:
+        return one
+    if any(map(pa.types.is_struct, both)) and not any(map(pa.types.is_null, both)):
+        return None  # Arrow would join their fields, and then not cast to them
+    texts = all(pa.types.is_string(kind) or pa.types.is_large_string(kind) for kind in both)
+    numbers = all(pa.types.is_integer(kind) or pa.types.is_floating(kind) for kind in both)
+    if pa.uint64() in both and any(map(pa.types.is_signed_integer, both)):
+        return None  # Arrow would wrap large ones
+    try:
+        options = "permissive" if texts or numbers else "default"
+        return pa.unify_schemas([pa.schema([("", kind)]) for kind in both], promote_options=options).field(0).type
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return None
 
 
 def conform(batch: pa.Table, table: Table, attributes: pa.Schema = NO_COLUMNS) -> pa.Table:
@@ -146,10 +162,13 @@ def conform(batch: pa.Table, table: Table, attributes: pa.Schema = NO_COLUMNS) -
     """
     names = {name: batch[name] for name in batch.column_names} if table.keep_others else {}
     for field in attributes:
-        there = field.name in names
-        names[field.name] = (
-            pc.cast(names[field.name], field.type, safe=False) if there else pa.nulls(batch.num_rows, field.type)
-        )
+        found = names.get(field.name)
+        try:
+            names[field.name] = pa.nulls(batch.num_rows, field.type) if found is None else pc.cast(found, field.type)
+        except pa.ArrowInvalid as error:
+            raise InputError(
+                f"{table.name}: column {field.name} is {field.type} in other files, and here {error}; cast it in all"
+            ) from error
     for field in table.columns:
         if field.name in batch.column_names:
             names[field.name] = _cast(batch[field.name], field.type)

@@ -8,7 +8,17 @@ import pytest
 from mixer_platform.errors import InputError
 from mixer_platform.index.embeddings import STATE
 from mixer_platform.inputs import RAW, REASON
-from mixer_platform.schema import ITEMS, LOGS, QUERIES, RESERVED, TRUTH, broken_rows, check_schema, conform
+from mixer_platform.schema import (
+    ITEMS,
+    LOGS,
+    QUERIES,
+    RESERVED,
+    TRUTH,
+    broken_rows,
+    check_schema,
+    common_attributes,
+    conform,
+)
 
 
 def log_rows(**columns: list) -> pa.Table:
@@ -117,3 +127,47 @@ def test_a_position_that_no_page_has_is_broken() -> None:
     rows = [row | {"position": position} for position in (9_999, 10_000, 2_000_000_000)]
     batch = conform(pa.Table.from_pylist(rows), LOGS)
     assert broken_rows(batch, LOGS).to_pylist() == [None, *["position is 10000 or more"] * 2]
+
+
+def attributes_of(*kinds: pa.DataType) -> pa.Schema:
+    files = {f"part-{n}": pa.schema([("item_id", pa.string()), ("x", kind)]) for n, kind in enumerate(kinds)}
+    return common_attributes(files, ITEMS)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "common"),
+    [
+        ((pa.int32(), pa.int64()), pa.int64()),
+        ((pa.int64(), pa.float64(), pa.null()), pa.float64()),
+        ((pa.float32(), pa.float64()), pa.float64()),
+        ((pa.null(), pa.dictionary(pa.int32(), pa.string()), pa.large_string()), pa.large_string()),
+        ((pa.uint8(), pa.int16()), pa.int16()),
+        ((pa.list_(pa.string()), pa.null()), pa.list_(pa.string())),
+    ],
+)
+def test_attributes_of_kindred_types_have_one(kinds: tuple[pa.DataType, ...], common: pa.DataType) -> None:
+    assert attributes_of(*kinds).field("x").type == common
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        (pa.string(), pa.float64()),
+        (pa.uint64(), pa.int64()),
+        (pa.timestamp("us"), pa.timestamp("ns")),
+        (pa.decimal128(12, 2), pa.float32()),
+        (pa.int64(), pa.decimal128(10, 2)),
+        (pa.string(), pa.binary()),
+        (pa.struct([("a", pa.int64())]), pa.struct([("b", pa.int64())])),
+        (pa.bool_(), pa.int64()),
+    ],
+)
+def test_attributes_whose_values_would_change_are_refused(kinds: tuple[pa.DataType, ...]) -> None:
+    with pytest.raises(InputError, match=r"^part-1: column x is .*, in part-0 it is .*; cast one of them$"):
+        attributes_of(*kinds)
+
+
+def test_a_number_that_the_common_type_cannot_hold_is_refused() -> None:
+    batch = pa.table({"item_id": ["a"], "x": [2**53 + 1]})
+    with pytest.raises(InputError, match=r"^items: column x is double in other files, and here .*9007199254740993"):
+        conform(batch, ITEMS, pa.schema([("x", pa.float64())]))

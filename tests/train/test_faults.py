@@ -168,11 +168,12 @@ def test_a_node_joins_and_takes_a_worker(workspace: Path, architecture: ModelCon
         before = wait(lambda: within_an_epoch(str(workspace)))
         assert before["world"] == 1
         with another_node():
-            after = wait(lambda: (state := within_an_epoch(str(workspace))) and state["world"] == 2 and state)
+            after = wait(lambda: (state := within_an_epoch(str(workspace))) and state["world"] == 2 and state, 240)
         assert after["history"][: len(before["history"])] == before["history"], "it went on from where it was"
     finally:
         driver.kill()
         driver.communicate()
+        ray.kill(get_or_create_autoscaling_coordinator())  # it would keep CPUs for a run that is gone
         wait(lambda: not training_workers() - others)
 
 

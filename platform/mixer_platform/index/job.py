@@ -162,7 +162,7 @@ def _changes(config: RunConfig) -> Changes:
 
 
 def recall_queries(storage: Storage, model: str, config: RunConfig) -> np.ndarray:
-    """Embed some of the shop's query photos, drawn by their ids' hashes, float32 [n, dim]: recall is measured on what
+    """Embed some of the shop's query photos, drawn by hash, float32 [n, dim]: recall is measured on what
     people will ask."""
     with tempfile.TemporaryDirectory() as scratch:
         names = (QUERY_GRAPH, SETTINGS)
@@ -171,7 +171,7 @@ def recall_queries(storage: Storage, model: str, config: RunConfig) -> np.ndarra
     files, wanted = find_input(config.data, QUERIES), config.index.recall_queries
     share = (4 * wanted + 32) / max(1, count_rows(files))  # more than are wanted: some are unusable
     drawn = read_input(files, share).take_all()
-    for row in sorted(drawn, key=lambda row: hash_of(row["query_id"] or "")):
+    for row in sorted(drawn, key=lambda row: hash_of(f"{row['query_id']} {row[IMAGE]}")):
         if len(pixels) == wanted:
             break
         try:

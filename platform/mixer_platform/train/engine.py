@@ -36,7 +36,7 @@ class HybridTrainer:
         self.engine, self._towers_optimizer, _, _ = deepspeed.initialize(
             model=tower,
             optimizer=torch.optim.AdamW(_groups(tower, config), weight_decay=config.weight_decay),
-            config=_deepspeed_config(config, head.world, sum(each.numel() for each in tower.parameters())),
+            config=_deepspeed_config(config, head.world, sum(p.numel() for p in tower.parameters() if p.requires_grad)),
             dist_init_required=False,
         )
         if config.zero_stage:
@@ -228,15 +228,14 @@ def _load_cut(parameter: nn.Parameter, value: Tensor, moments: dict[str, Tensor]
         safe_set_local_optimizer_state(parameter, mine(values), moment)
 
 
-def _deepspeed_config(config: TrainConfig, world: int, parameters: int) -> dict[str, Any]:
+def _deepspeed_config(config: TrainConfig, world: int, trained: int) -> dict[str, Any]:
     return {
         # DeepSpeed wants a number; batches are cut by the epoch's plan and may be uneven.
         "train_micro_batch_size_per_gpu": max(1, config.batch_size // world),
         "gradient_accumulation_steps": 1,
         "zero_optimization": {
             "stage": config.zero_stage,
-            "reduce_bucket_size": min(parameters, _MOST_IN_BUCKET),  # stage 3 makes all of it at once, for good
-            "memory_efficient_linear": False,  # it would take the place of torch's in the whole process
+            "reduce_bucket_size": min(trained, _MOST_IN_BUCKET),  # stage 3 makes all of it at once, for good
         },
         "gradient_clipping": 1.0,  # of the towers' norm, over all workers; DeepSpeed's default, said aloud
         "zero_allow_untested_optimizer": True,
