@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from mixer.clicks import COUNTS, ClickModel, begins, evidence, examination, fit_click_model, pair_statistics
 from mixer.multicut import greedy_multicut
 
-_DECISIVE = 6.0  # nats of behaviour beyond which a pair of items teaches what titles are worth
+_MOST_PAIRS = 1_000_000  # of items, that teach what titles are worth
+_EM_ROUNDS = 200
 _SURE_SHOWN = 0.99
 _TINY = 1e-12
 _WORD = re.compile(r"\w+")
@@ -169,25 +170,35 @@ def cluster_items(
 def titles_worth(behaviour: np.ndarray, similarity: np.ndarray) -> tuple[float, float]:
     """Return the log-odds that two items are one thing before anything is known, and what a similarity of 1 adds.
 
-    Learned, by logistic regression, from the pairs of which behaviour is sure: titles that do not tell things apart
-    are worth nothing.
+    Learned, by logistic regression, from the pairs of which behaviour says anything, each as much one thing as its
+    behaviour and its titles make it (EM): titles that do not tell things apart are worth nothing, and where little is
+    sure, little is learned.
     """
-    sure = np.abs(behaviour) > _DECISIVE
-    same, alike = (behaviour[sure] > 0).astype(float), similarity[sure]
+    said = np.flatnonzero(behaviour)
+    said = said[:: -(-len(said) // _MOST_PAIRS) or 1]
     # Two imagined pairs of each kind keep the fit finite.
-    same = np.concatenate([same, [0.0, 0.0, 1.0, 0.0]])
-    alike = np.concatenate([alike, [0.0, 0.0, 0.5, 0.5]])
-    features = np.stack([np.ones(len(alike)), alike], axis=1)
+    imagined, alike = np.array([0.0, 0.0, 1.0, 0.0]), np.array([0.0, 0.0, 0.5, 0.5])
+    features = np.stack([np.ones(len(said) + 4), np.concatenate([similarity[said], alike])], axis=1)
     fitted = np.array([-3.0, 0.0])
-    for _ in range(30):  # Newton
-        chance = 1 / (1 + np.exp(-np.clip(features @ fitted, -30, 30)))
+    for _ in range(_EM_ROUNDS):
+        odds = features @ fitted
+        chance = _logistic(odds)
+        same = np.concatenate([_logistic(odds[:-4] + behaviour[said]), imagined])
         slope = features.T @ (same - chance)
         curvature = (features * (chance * (1 - chance))[:, None]).T @ features + 1e-3 * np.eye(2)
-        fitted = fitted + np.clip(np.linalg.solve(curvature, slope), -2, 2)
+        step = np.clip(np.linalg.solve(curvature, slope), -2, 2)
+        fitted = fitted + step
+        if np.abs(step).max() < 1e-4:
+            break
     before, worth = fitted
     if worth <= 0:
-        before, worth = np.log((same.sum() + 1e-3) / (len(same) - same.sum() + 1e-3)), 0.0
+        share = same.mean()
+        before, worth = np.log(share / (1 - share)), 0.0
     return float(min(before, 0.0)), float(worth)
+
+
+def _logistic(odds: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-np.clip(odds, -30, 30)))
 
 
 def photo_evidence(pairs: pa.Table, items: pa.Table, candidates: int) -> pa.Table:

@@ -120,7 +120,17 @@ def test_titles_are_worth_what_behaviour_says_they_tell() -> None:
     before, worth = titles_worth(np.where(rng.random(4000) < 0.1, 10.0, -10.0), alike)
     assert abs(worth) < 0.5
     assert before == pytest.approx(math.log(0.1 / 0.9), abs=0.5)
-    assert titles_worth(rng.uniform(-5, 5, 4000), alike) == titles_worth(np.zeros(0), np.zeros(0)), "nothing is sure"
+    assert titles_worth(np.zeros(4000), alike) == titles_worth(np.zeros(0), np.zeros(0)), "nothing is known"
+
+
+def test_titles_are_not_worth_what_a_few_pairs_seem_to_say() -> None:
+    """Wrong clicks: of pairs that are all two things a few look very much like one, and alike in their titles."""
+    rng = np.random.default_rng(0)
+    behaviour, alike = rng.normal(-2, 2, 20_000), rng.random(20_000) ** 4
+    behaviour[:6], alike[:6] = 8.0, 0.9
+    behaviour[behaviour < -6] = -6.0  # nothing is as sure of the others
+    before, worth = titles_worth(behaviour, alike)
+    assert before + worth < -1, "equal titles alone are no reason to join"
 
 
 def test_photo_evidence_equals_the_naive_one() -> None:
