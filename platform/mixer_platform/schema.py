@@ -165,7 +165,7 @@ def conform(batch: pa.Table, table: Table, attributes: pa.Schema = NO_COLUMNS) -
         found = names.get(field.name)
         try:
             names[field.name] = pa.nulls(batch.num_rows, field.type) if found is None else pc.cast(found, field.type)
-        except pa.ArrowInvalid as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise InputError(
                 f"{table.name}: column {field.name} is {field.type} in other files, and here {error}; cast it in all"
             ) from error
