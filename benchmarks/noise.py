@@ -9,10 +9,10 @@ clicks a share --wrong is known to be wrong, and moves clicks to another item th
 dwell time of the simulator's wrong clicks and without what was bought after them, until the wished share is wrong.
 
 The same methods as in quality.py learn from each set of logs, with its configuration. Prints a table with 95 %
-bootstrap intervals over photos and, as its last line, one JSON object. Where the simulator knows the truth, label
-quality is held against it: how many photos are samples at all, how many of these have the class of the thing that they
-show as their likeliest, and how many items share a class with another thing; and Mixer learns from the true classes of
-these photos too.
+bootstrap intervals over photos, of R@1 and of how many more of the same photos Mixer finds, and, as its last line, one
+JSON object. Where the simulator knows the truth, label quality is held against it: how many photos are samples at all,
+how many of these have the class of the thing that they show as their likeliest, and how many items share a class with
+another thing; and Mixer learns from the true classes of these photos too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from learning import Bench, Classification, arcface, infonce, shared_evidence
-from quality import Method, clicked_pairs, cosines, figures_of, hits_of, prepare_bench
+from quality import Method, clicked_pairs, cosines, figures_of, hits_of, interval, prepare_bench
 
 from mixer.targets import Targets
 from mixer_platform import versions
@@ -181,7 +181,7 @@ def main() -> None:
 
 def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a row for each level and method; return the figures of each level."""
-    heads = ("R@1", "95 %", "wrong clicks", "coverage", "purity", "merged")
+    heads = ("R@1", "95 %", "Mixer ahead by", "wrong clicks", "coverage", "purity", "merged")
     print(f"{'':10}{'':14}" + "".join(f"{head:>17}" for head in heads))
     levels: list[dict[str, Any]] = []
     base: Bench | None = None
@@ -196,20 +196,25 @@ def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         base = base or prepare_bench(data, workspace)
         bench = relabelled(base, data, workspace)
         mixer = Classification(shared_evidence(bench), bench.classes)
-        methods: dict[str, Method] = {"infonce": infonce, "arcface": arcface, "mixer": mixer}
-        methods["sampled"] = replace(mixer, rate=0.1)
+        sampled = replace(mixer, rate=0.1)
+        methods: dict[str, Method] = {"mixer": mixer, "infonce": infonce, "arcface": arcface, "sampled": sampled}
         figures: dict[str, Any] = {"level": level, "wrong_clicks": round(wrong, 4)}
         if not arguments.data:
             true = true_classes(bench, data)
             figures |= label_quality(bench, true, len(pq.read_table(Path(data) / "queries.parquet")))
             certain = Targets.certain(true.clamp_min(0), (true >= 0).float())
             methods["true classes"] = replace(mixer, targets=certain)
+        right: dict[str, np.ndarray] = {}  # of each photo, the share of seeds
         for name, method in methods.items():
             towers = [method(bench, seed) for seed in range(arguments.seeds)]
             runs = [hits_of(bench.item_ids, bench.relevant, cosines(bench, each)) for each in towers]
             figures[name] = figures_of(bench, runs, 0.0)
+            right[name] = np.mean([hits[:, 0] for hits in runs], axis=0)
+            ahead = right["mixer"] - right[name]
+            figures[name] |= {"mixer_ahead": round(float(ahead.mean()), 4), "mixer_ahead_interval": interval(ahead)}
             low, high = figures[name]["r1_interval"]
-            row = [f"{figures[name]['r1']:.3f}", f"{low:.3f} to {high:.3f}"]
+            least, most = figures[name]["mixer_ahead_interval"]
+            row = [f"{figures[name]['r1']:.3f}", f"{low:.3f} to {high:.3f}", f"{least:+.3f} to {most:+.3f}"]
             row += [f"{figures[key]:.3f}" for key in ("wrong_clicks", "coverage", "purity", "merged") if key in figures]
             print(f"{level:<10}{name:14}" + "".join(f"{cell:>17}" for cell in row), flush=True)
         levels.append(figures)

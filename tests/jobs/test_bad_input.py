@@ -95,11 +95,6 @@ def cut_off_gzip(data: Path) -> None:
     [
         pytest.param(shutil.rmtree, r"DATA: no such folder; data= names the folder that holds .*", id="no folder"),
         pytest.param(
-            rewrite_logs(lambda logs: logs.slice(0, 0)),
-            r"DATA/logs: no rows; prepare learns from what people clicked",
-            id="empty logs",
-        ),
-        pytest.param(
             rewrite_logs(lambda logs: logs.drop_columns("position")),
             r"DATA/logs\.parquet: column position is missing; logs needs event_id \(string\), .*",
             id="missing column",

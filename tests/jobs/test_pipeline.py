@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 import uuid
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,9 @@ def marketplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["folder", "s3"])
-def workspace(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    if request.param == "folder":
-        yield str(tmp_path / "workspace")
-        return
+@pytest.fixture
+def workspace(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A bucket; `make demo` does the same in a folder."""
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -230,6 +230,16 @@ def test_without_a_process_group_it_is_the_plain_loss(name: str) -> None:
     check(CASES[name], [run_case(CASES[name], 1, 0)])
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_of_classes_cannot_explode(name: str) -> None:
+    """Each is at most scale / the length of its row; times these, all add up to at most twice the scale."""
+    _, _, _, class_weights = whole_batch(CASES[name], 1)
+    found = run_case(CASES[name], 1, 0)["classes"]
+    pulls = found.norm(dim=1) * class_weights.norm(dim=1) / CASES[name].scale
+    assert pulls.max() <= 1 + 1e-5
+    assert pulls.sum() <= 2 + 1e-5
+
+
 def test_the_group_given_is_the_one_used(ranks) -> None:
     check(CASES["sample weights"], [ranks[3][rank]["subgroup"] for rank in (1, 2)])
 

@@ -31,7 +31,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     two = {"min_replicas": 2, "max_replicas": 2, "cpus": 0.1}
     replicas = {name: two for name in ("ingress", "encoder", "shard")}
     root = tmp_path_factory.mktemp("deployed")
-    return make_workspace(root, port=0, follow_s=0.2, layout="deployments", retire_s=5, **replicas)
+    return make_workspace(root, port=0, follow_s=0.2, layout="deployments", retire_s=5, timeout_ms=30_000, **replicas)
 
 
 @pytest.fixture(scope="module")

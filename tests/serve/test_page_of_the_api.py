@@ -20,7 +20,7 @@ OTHERS = [
     *("GET /v1/items/{item_id}/image", "GET /v1/items/{item_id}", "GET /v1/attributes", "GET /v1/status"),
     *("GET /healthz", "GET /readyz"),
 ]
-EXAMPLES = [15, pytest.param(500, marks=pytest.mark.slow)]
+EXAMPLES = [15, pytest.param(150, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +25,9 @@ import ray
 import torch
 from moto.server import ThreadedMotoServer
 from ray._common.utils import reset_ray_address
+from ray._raylet import PlacementGroupID
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
 from safetensors.torch import load
 
 from mixer.config import ModelConfig
@@ -49,7 +52,15 @@ OUTAGE = 30  # seconds
 
 
 def make_config(workspace: str, architecture: ModelConfig) -> RunConfig:
-    settings = {"epochs": 8, "batch_size": 5, "workers": 2, "holdout": 0, "neighbours": 0, "checkpoint_steps": 2}
+    settings = {
+        "epochs": 8,
+        "batch_size": 5,
+        "workers": 2,
+        "holdout": 0,
+        "neighbours": 0,
+        "checkpoint_steps": 2,
+        "views": 2,
+    }
     tree = {"data": "unused", "workspace": workspace, "model": architecture.model_dump()}
     return RunConfig.model_validate({**tree, "train": {**settings, "cpus_per_worker": 0.5, "max_failures": 3}})
 
@@ -101,15 +112,48 @@ def training_workers() -> set[int]:
     return found
 
 
+def free_cpus() -> float:
+    return ray.available_resources().get("CPU", 0)
+
+
+@contextmanager
+def broken_off(config: RunConfig) -> Iterator[None]:
+    """Start a driver that trains; it is killed at the end, and nothing of its run stays.
+
+    What it held is given back by those who ask the dashboard whether it is gone, such as Ray Train's
+    PlacementGroupCleaner; here is none.
+    """
+    workers, groups, free = training_workers(), set(placement_group_table()), free_cpus()
+    driver = start(config)
+    try:
+        yield
+    finally:
+        driver.kill()
+        driver.communicate()
+        wait(lambda: not training_workers() - workers)
+        for group in placement_group_table().keys() - groups:
+            remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+        ray.kill(get_or_create_autoscaling_coordinator())
+        wait(lambda: free_cpus() >= free)
+
+
 def weights(workspace: str, report: dict[str, Any]) -> dict[str, torch.Tensor]:
     return load(open_storage(workspace).read(f"models/{report['version']}/model.safetensors"))
 
 
+@pytest.fixture
+def workspace(cached: Path) -> Path:
+    return cached
+
+
 @pytest.fixture(scope="module")
-def unbroken(other_workspace: Path, architecture: ModelConfig) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def unbroken(
+    with_features: Path, tmp_path_factory: pytest.TempPathFactory, architecture: ModelConfig
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The report and the weights of the run that nothing happens to."""
-    report = finish(start(make_config(str(other_workspace), architecture)))
-    return report, weights(str(other_workspace), report)
+    workspace = str(shutil.copytree(with_features, tmp_path_factory.mktemp("unbroken") / "workspace"))
+    report = finish(start(make_config(workspace, architecture)))
+    return report, weights(workspace, report)
 
 
 def check(broken: dict[str, Any], workspace: str, unbroken: tuple, before: list[dict[str, Any]]) -> None:
@@ -134,12 +178,8 @@ def test_a_worker_is_killed(workspace: Path, architecture: ModelConfig, unbroken
 
 def test_the_driver_is_killed_and_started_again(workspace: Path, architecture: ModelConfig, unbroken: tuple) -> None:
     config = make_config(str(workspace), architecture)
-    others = training_workers()
-    driver = start(config)
-    state = wait(lambda: within_an_epoch(str(workspace)))
-    driver.kill()
-    driver.communicate()
-    wait(lambda: not training_workers() - others)
+    with broken_off(config):
+        state = wait(lambda: within_an_epoch(str(workspace)))
     assert not open_storage(str(workspace)).folders("models")
     check(finish(start(config)), str(workspace), unbroken, state["history"])
 
@@ -162,19 +202,12 @@ def test_a_node_is_lost_and_those_that_are_left_go_on(
 def test_a_node_joins_and_takes_a_worker(workspace: Path, architecture: ModelConfig) -> None:
     config = elastic(make_config(str(workspace), architecture), epochs=1000, resize_s=1)
     ray.kill(get_or_create_autoscaling_coordinator())
-    others = training_workers()
-    driver = start(config)
-    try:
+    with broken_off(config):
         before = wait(lambda: within_an_epoch(str(workspace)))
         assert before["world"] == 1
         with another_node():
             after = wait(lambda: (state := within_an_epoch(str(workspace))) and state["world"] == 2 and state, 240)
         assert after["history"][: len(before["history"])] == before["history"], "it went on from where it was"
-    finally:
-        driver.kill()
-        driver.communicate()
-        ray.kill(get_or_create_autoscaling_coordinator())  # it would keep CPUs for a run that is gone
-        wait(lambda: not training_workers() - others)
 
 
 def elastic(config: RunConfig, **settings: Any) -> RunConfig:

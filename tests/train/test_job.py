@@ -72,18 +72,18 @@ def test_a_run_publishes_a_model_and_an_interrupted_one_goes_on(workspace: Path,
 @pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize(("epochs", "trained"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 3)])
 def test_a_run_of_two_rounds_goes_on_between_and_within_them(
-    workspace: Path, architecture: ModelConfig, epochs: int, trained: int
+    cached: Path, architecture: ModelConfig, epochs: int, trained: int
 ) -> None:
     settings = {"epochs": epochs, "rounds": 2}
-    whole = train(run_config(workspace, architecture, **settings))
+    whole = train(run_config(cached, architecture, **settings))
     assert [entry["epoch"] for entry in whole["history"]] == list(range(2 * epochs))
-    run = Checkpoints(open_storage(str(workspace)), whole["fingerprint"])
+    run = Checkpoints(open_storage(str(cached)), whole["fingerprint"])
     told = run.read_targets(1)
     assert (told.others[:12] == -6).all()
     assert torch.isneginf(told.others[12:]).all()
-    shutil.rmtree(workspace / "models" / whole["version"])
-    shutil.rmtree(workspace / run.folder / f"epoch-{2 * epochs - 1:05d}")
-    resumed = train(run_config(workspace, architecture, **settings, workers=1))
+    shutil.rmtree(cached / "models" / whole["version"])
+    shutil.rmtree(cached / run.folder / f"epoch-{2 * epochs - 1:05d}")
+    resumed = train(run_config(cached, architecture, **settings, workers=1))
     assert resumed["history"][:trained] == whole["history"][:trained], "what was trained is trained again"
     np.testing.assert_allclose(losses(resumed), losses(whole), rtol=1e-4)
 
@@ -117,15 +117,15 @@ def check_model(folder: Path, report: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(("epochs", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("epochs", "zero_stage"), [(1, 0), (2, 3)])
 def test_the_image_encoder_can_be_trained_too(
-    workspace: Path, architecture: ModelConfig, epochs: int, zero_stage: int
+    cached: Path, architecture: ModelConfig, epochs: int, zero_stage: int
 ) -> None:
     tuning = {"epochs": epochs, "from_block": 1, "batch_size": 6, "encoder_lr": 0.01}
-    report = train(run_config(workspace, architecture, epochs=1, fine_tune=tuning, zero_stage=zero_stage))
+    report = train(run_config(cached, architecture, epochs=1, fine_tune=tuning, zero_stage=zero_stage))
     assert [entry["epoch"] for entry in report["history"]] == list(range(1 + epochs))
     before = MixerModel(architecture).state_dict()
-    after = weights(workspace, report)
+    after = weights(cached, report)
     changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
     assert any(name.startswith("image_encoder.") and ".1." in name for name in changed)
     assert not any(name.startswith("text_encoder.") for name in changed)
@@ -134,72 +134,71 @@ def test_the_image_encoder_can_be_trained_too(
 
     # As if it had been stopped before its last epoch, the first or the second of fine-tuning; one worker takes over,
     # with all that saves memory and with batches that Ray Data makes.
-    run = Checkpoints(open_storage(str(workspace)), report["fingerprint"])
-    shutil.rmtree(workspace / "models")
-    shutil.rmtree(workspace / run.folder / f"epoch-{epochs:05d}")
+    run = Checkpoints(open_storage(str(cached)), report["fingerprint"])
+    shutil.rmtree(cached / "models")
+    shutil.rmtree(cached / run.folder / f"epoch-{epochs:05d}")
     sparing = {**tuning, "checkpoint_activations": True, "decoders": 1}
     settings = {"workers": 1, "micro_batch": 2, "zero_stage": zero_stage}
-    resumed = train(run_config(workspace, architecture, epochs=1, fine_tune=sparing, **settings))
+    resumed = train(run_config(cached, architecture, epochs=1, fine_tune=sparing, **settings))
     assert resumed["history"][:epochs] == report["history"][:epochs], "what was trained is trained again"
     np.testing.assert_allclose(losses(resumed), losses(report), rtol=1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize("settings", [{}, {"rounds": 2, "zero_stage": 1, "workers": 1}])
 def test_classes_that_were_there_go_on_and_new_ones_start_from_their_samples(
-    workspace: Path, architecture: ModelConfig, settings: dict[str, Any]
+    cached: Path, architecture: ModelConfig
 ) -> None:
-    first = train(run_config(workspace, architecture, classifier_lr=0.05, start="latest"))
+    first = train(run_config(cached, architecture, classifier_lr=0.05, start="latest"))
     assert first["start"] is None, "there was none"
-    rows = pq.read_table(workspace / "samples/v1/train").to_pylist()
+    rows = pq.read_table(cached / "samples/v1/train").to_pylist()
     numbers = {0: 2, 1: 0, 2: 3}
     for row in rows:
         row["class_id"] = numbers[row["class_id"]]
         row["candidates"] = row["candidates"] and [numbers[label] for label in row["candidates"]]
     blue = next(row for row in rows if row["kind"] == "item" and row["text"] == "blue round thing")
     rows += [{**blue, "sample_id": f"new-{n}", "text": "a new thing", "class_id": 1} for n in range(2)]
-    write_samples(workspace, "v2", rows)
+    write_samples(cached, "v2", rows)
 
-    still = {"tower_lr": 1e-12, "classifier_lr": 1e-12, "epochs": 1}
-    config = run_config(workspace, architecture, samples="v2", start="latest", **still, **settings)
+    still = {"tower_lr": 1e-12, "classifier_lr": 1e-12, "epochs": 1, "rounds": 2, "zero_stage": 1}
+    config = run_config(cached, architecture, samples="v2", start="latest", **still)
     second = train(config)
     assert train(config)["version"] == second["version"], "what is asked for again is there"
     assert (second["start"], second["kept_classes"], second["classes"]) == (first["version"], 3, 4)
-    before, after = (classifier(workspace, report) for report in (first, second))
+    before, after = (classifier(cached, report) for report in (first, second))
     for old, new in numbers.items():
         torch.testing.assert_close(after[new], before[old], rtol=0, atol=1e-9)
-    items = ItemEmbedder(workspace / "models" / first["version"])
+    items = ItemEmbedder(cached / "models" / first["version"])
     pixels = items.preprocess(decode(Path(blue["image"]).read_bytes()))
     expected = items([pixels], ["a new thing"])[0]
     np.testing.assert_allclose(after[1], expected, atol=2e-3)  # features are cached in 16 bits
-    trained, went_on = weights(workspace, first), weights(workspace, second)
+    trained, went_on = weights(cached, first), weights(cached, second)
     for name, value in trained.items():
         torch.testing.assert_close(went_on[name], value, rtol=0, atol=1e-9)
 
     # As if it had been stopped before its last epoch.
-    shutil.rmtree(workspace / "models" / second["version"])
-    run = Checkpoints(open_storage(str(workspace)), second["fingerprint"])
-    shutil.rmtree(workspace / run.folder / f"epoch-{settings.get('rounds', 1) - 1:05d}")
-    torch.testing.assert_close(classifier(workspace, train(config)), after, rtol=0, atol=1e-9)
+    shutil.rmtree(cached / "models" / second["version"])
+    run = Checkpoints(open_storage(str(cached)), second["fingerprint"])
+    shutil.rmtree(cached / run.folder / "epoch-00001")
+    torch.testing.assert_close(classifier(cached, train(config)), after, rtol=0, atol=1e-9)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_run_goes_on_from_a_model_whose_encoder_was_trained(workspace: Path, architecture: ModelConfig) -> None:
+def test_a_run_goes_on_from_a_model_whose_encoder_was_trained(cached: Path, architecture: ModelConfig) -> None:
     tuning = {"epochs": 1, "from_block": 1, "batch_size": 6, "encoder_lr": 0.01}
-    first = train(run_config(workspace, architecture, epochs=1, fine_tune=tuning))
+    first = train(run_config(cached, architecture, epochs=1, fine_tune=tuning))
     still = {"tower_lr": 1e-12, "classifier_lr": 1e-12, "encoder_lr": 1e-12}
     settings = {"epochs": 1, "start": first["version"], "tower_lr": 1e-12, "classifier_lr": 1e-12}
-    frozen = train(run_config(workspace, architecture, **settings))
-    tuned = train(run_config(workspace, architecture, **settings, fine_tune={**tuning, **still}))
-    trained = weights(workspace, first)
+    frozen = train(run_config(cached, architecture, **settings))
+    tuned = train(run_config(cached, architecture, **settings, fine_tune={**tuning, **still}))
+    trained = weights(cached, first)
     assert not torch.equal(MixerModel(architecture).state_dict()[name := encoder_name(trained)], trained[name])
     for report in (frozen, tuned):
-        for name, value in weights(workspace, report).items():
+        for name, value in weights(cached, report).items():
             torch.testing.assert_close(value, trained[name], rtol=0, atol=1e-9)
     assert frozen["history"][0]["loss"] < first["history"][0]["loss"]
-    features = {path.name for path in (workspace / "features").iterdir()}
+    features = {path.name for path in (cached / "features").iterdir()}
     assert len(features) == 2, "what the trained encoder sees is cached apart, once"
 
 
