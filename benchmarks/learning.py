@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -188,6 +189,7 @@ class Classification:
     """Learning by classification, as the product does; every part can be taken away.
 
     new: items that are not learned from. text: whether items have any. rate: share of the classes that a step draws.
+    precision: of the softmax's products.
     """
 
     targets: Targets
@@ -197,6 +199,7 @@ class Classification:
     text: bool = True
     branch_weight: float | None = None
     rate: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
 
     def __call__(self, bench: Bench, seed: int, new: np.ndarray | None = None) -> Towers:
         towers, head = self._round(bench, seed, self.targets, new)
@@ -212,7 +215,8 @@ class Classification:
         towers = new_towers(bench, seed, self.make)
         tower = FrozenTower(towers)
         scale = train.scale or fixed_scale(self.classes)
-        head = ShardedMarginSoftmax(bench.config.model.dim, self.classes, train.margin, scale, rate=self.rate)
+        settings: dict[str, Any] = {"rate": self.rate, "precision": self.precision}
+        head = ShardedMarginSoftmax(bench.config.model.dim, self.classes, train.margin, scale, **settings)
         head.reset(seed)
         weight = train.branch_weight if self.branch_weight is None else self.branch_weight
         learned = bench.everything if new is None else np.setdiff1d(bench.everything, bench.photos + new)

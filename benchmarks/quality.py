@@ -260,6 +260,7 @@ def compare(bench: Bench, seeds: int, epochs: int) -> dict[str, dict[str, Any]]:
         "pairs": ("  pairs instead of classes", partial(infonce, pairs=pairs_of_classes(bench))),
         "one_transformation": ("  one transformation for both", replace(mixer, make=OneTransformation)),
         "no_text": ("  no text", replace(mixer, text=False)),
+        "bf16": ("  the softmax multiplies in bf16", replace(mixer, precision="bf16")),
     }
     results = {"zero_shot": figures_of(bench, [hits_of(bench.item_ids, bench.relevant, untrained_cosines(bench))], 0.0)}
     print(f"\n{size} items that the logs know, {len(bench.relevant)} photos")

@@ -2,11 +2,12 @@
 
     .venv/bin/python benchmarks/training.py --data FOLDER [--epochs 12] [--fine-tune 1]
 
-The bare loop has the same towers, classifier, optimizers and number of threads in one process, and its batches wait in
-memory; the trainer is the train job with one worker: Ray Train, DeepSpeed, batches made anew, a checkpoint an epoch.
-Seconds are the median of the epochs but the first; of fine-tuning, the second of two in the trainer, for the first
-makes the model, and one of the bare loop, whose pictures are decoded before. The same trainer with two workers of one
-thread tells what a second one brings. Prints a table and, as its last line, one JSON object. FOLDER as in quality.py.
+The bare loop has the same towers, classifier, optimizers and number of threads in one process that keeps what it frees,
+as the trainer's workers do, and its batches wait in memory; the trainer is the train job with one worker: Ray Train,
+DeepSpeed, batches made anew, a checkpoint an epoch. Seconds are the median of the epochs but the first; of fine-tuning,
+the second of two in the trainer, for the first makes the model, and one of the bare loop, whose pictures are decoded
+before. The same trainer with two workers of one thread tells what a second one brings. Prints a table and, as its last
+line, one JSON object. FOLDER as in quality.py.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -36,7 +38,7 @@ from mixer_platform import versions
 from mixer_platform.cli import connect
 from mixer_platform.config import TrainConfig, load_config
 from mixer_platform.storage import open_storage
-from mixer_platform.train.job import train
+from mixer_platform.train.job import KEEP_FREED_MEMORY, train
 from mixer_platform.train.pictures import PictureSamples
 
 
@@ -121,6 +123,8 @@ def main() -> None:
     parser.add_argument("--fine-tune", type=int, choices=(0, 1), default=1, help="0: leave those rows out")
     parser.add_argument("--workspace", help="where samples and features go; default: a temporary folder")
     arguments = parser.parse_args()
+    if not KEEP_FREED_MEMORY.items() <= os.environ.items():  # read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_FREED_MEMORY})
     torch.set_num_threads(1)
     connect()
     with tempfile.TemporaryDirectory() as scratch:

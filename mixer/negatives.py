@@ -7,22 +7,40 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _FLAT = 20_000  # classes that are searched one by one
+_AT_ONCE = 4  # numbers that Philox makes before its counter goes on
 
 
-def stratified(population: int, count: int, generator: torch.Generator) -> Tensor:
-    """Draw `count` different numbers below `population`, ascending, int64; each with chance count / population.
+def stratified(owned: range, population: int, count: int, seed: int) -> Tensor:
+    """Draw `count` different numbers below `population`, each with chance count / population; return those that are
+    `owned`, ascending, int64.
 
-    One of each of `count` strata, which a random turn moves along: time follows `count`, and nothing is drawn twice.
+    One of each of `count` strata, which a random turn moves along: nothing is drawn twice, and time follows what is
+    returned. Whoever draws with a seed draws the same, whatever part of it is theirs.
     """
-    edges = torch.arange(count + 1) * population // count
-    places = edges[:-1] + (torch.rand(count, generator=generator, dtype=torch.float64) * edges.diff()).long()
-    turned = places + torch.randint(population, (1,), generator=generator)
-    return torch.cat([turned[turned >= population] - population, turned[turned < population]])
+    turn = int(np.random.default_rng(seed).integers(population))
+    first, last = owned.start - turn, owned.stop - turn
+    pieces = [(max(first, 0), last), (first + population, min(last, 0) + population)]  # the turn may cut them in two
+    drawn = [_drawn(start, stop, population, count, seed) for start, stop in reversed(pieces) if start < stop]
+    turned = np.concatenate([np.zeros(0, np.int64), *drawn]) + turn
+    return torch.from_numpy(turned % population)
+
+
+def _drawn(start: int, stop: int, population: int, count: int, seed: int) -> np.ndarray:
+    """Return what is drawn from `start` on and below `stop`, of one number of each stratum."""
+    first, last = ((place + 1) * count - 1 for place in (start, stop - 1))
+    first, last = first // population, last // population + 1  # strata
+    edges = np.arange(first, last + 1) * population // count
+    bits = np.random.Philox(seed)
+    bits.advance(first // _AT_ONCE)
+    chances = np.random.Generator(bits).random(last - first + first % _AT_ONCE)[first % _AT_ONCE :]
+    places = edges[:-1] + (chances * np.diff(edges)).astype(np.int64)
+    return places[(places >= start) & (places < stop)]
 
 
 def merged(ascending: Tensor, more: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -129,10 +130,12 @@ class RowAdam:
         self.settle()
         return {"weight": self.weight, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
-    def load(self, state: dict[str, Tensor], step_count: int) -> None:
-        """Go on after `step_count` steps from the rows and moments that `state` gave."""
-        for name, rows in self.state().items():
-            rows.copy_(state[name])
+    def load(self, pieces: Iterable[tuple[slice, dict[str, Tensor]]], step_count: int) -> None:
+        """Go on after `step_count` steps from what `state` gave, a piece of the rows after the other."""
+        state = self.state()
+        for part, rows in pieces:
+            for name, values in rows.items():
+                state[name][part] = values
         self.step_count = step_count
 
     def _room(self, count: int) -> tuple[Tensor, Tensor, Tensor]:

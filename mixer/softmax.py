@@ -64,8 +64,9 @@ class ShardedMarginSoftmax(nn.Module):
             (Jean et al., arXiv 1412.2007); else, as in Partial FC, for itself, and evidence that a sample is of none of
             the classes that it names counts for less, by ln 1 / rate.
         nearest: beside them, the so many classes nearest to each sample's embedding, in an index of the classes that is
-            built anew every `nearest_every` steps; the others then still have their chance.
-        precision: of the products. In bf16 a cosine is off by less than 2^-7; where samples name the class it is not.
+            built anew every `nearest_every` steps; the others then still have their chance. A worker looks among its
+            own classes, and one that goes on from a checkpoint begins with an index of what is in it.
+        precision: of the products. In bf16 a cosine is off by less than 0.012; where samples name the class it is not.
         chunk: number of classes whose logits exist at once. A step needs about 12 (samples + dim) bytes for each.
 
     `optimizer` steps the classes in the backward pass and must be set before anything else. `lap` is told, as each part
@@ -100,7 +101,7 @@ class ShardedMarginSoftmax(nn.Module):
         self.rank = dist.get_rank(group) if dist.is_initialized() else 0
         self.owned = class_range(classes, self.world, self.rank)
         self.register_buffer("weight", on_large_pages(torch.empty(len(self.owned), dim)).zero_())
-        self._draws = torch.Generator()
+        self._drawing = 0  # seed of what the next step draws
         self._nearest = NearestClasses(nearest, nearest_every) if nearest and rate < 1 else None
 
     @torch.no_grad()
@@ -114,8 +115,8 @@ class ShardedMarginSoftmax(nn.Module):
             self.weight[mine] = rows[first - block * _BLOCK : last - block * _BLOCK]
 
     def begin_step(self, seed: int, step: int) -> None:
-        """Let what the next step draws depend on these, the classes' weights and the rank alone."""
-        self._draws.manual_seed(_mixed(seed, step, self.rank))
+        """Let what the next step draws depend on these and the classes' weights alone, on any number of workers."""
+        self._drawing = _mixed(seed, step)
         if self._nearest:
             self._nearest.refresh(step, lambda: self.optimizer.draw(None).weight)
 
@@ -173,15 +174,15 @@ class ShardedMarginSoftmax(nn.Module):
         sample, slot = ((known.classes >= owned.start) & (known.classes < owned.stop)).nonzero(as_tuple=True)
         place, order = (known.classes[sample, slot] - owned.start).sort()
         sample, slot = sample[order], slot[order]
-        named, count = place.unique_consecutive(), math.ceil(self.rate * len(owned))
-        if count + len(named) >= len(owned):
+        named, count = place.unique_consecutive(), math.ceil(self.rate * self.classes)
+        if count >= self.classes:
             return DrawnClasses(self.optimizer.draw(None), None, sample, slot, place)
-        drawn = stratified(len(owned), count, self._draws).to(place.device)
+        drawn = stratified(owned, self.classes, count, self._drawing).to(place.device) - owned.start
         certain = merged(named, self._nearest.near(everyone)) if self._nearest else named
         index = merged(drawn, certain)
         stands_for = None
         if self.unbiased:
-            stands_for = torch.full((len(index),), len(owned) / count, device=index.device)
+            stands_for = torch.full((len(index),), self.classes / count, device=index.device)
             stands_for[torch.searchsorted(index, certain)] = 1  # they would have been here anyway
         return DrawnClasses(self.optimizer.draw(index), stands_for, sample, slot, torch.searchsorted(index, place))
 

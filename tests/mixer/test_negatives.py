@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from mixer.negatives import NearestClasses, merged, stratified
+from mixer.softmax import class_range
 
 
 @pytest.mark.parametrize(("population", "count"), [(10, 1), (10, 3), (10, 7), (10, 10), (1000, 10), (1, 1)])
 def test_every_number_has_the_same_chance(population: int, count: int) -> None:
-    generator = torch.Generator().manual_seed(0)
     times, seen = 3000, torch.zeros(population)
-    for _ in range(times):
-        drawn = stratified(population, count, generator)
+    for seed in range(times):
+        drawn = stratified(range(population), population, count, seed)
         assert drawn.dtype == torch.int64
         assert len(drawn) == count
         assert (drawn.diff() > 0).all()  # ascending, so none is drawn twice
@@ -23,10 +23,21 @@ def test_every_number_has_the_same_chance(population: int, count: int) -> None:
     assert ((seen / times - chance).abs() <= 5 * (chance * (1 - chance) / times) ** 0.5).all()
 
 
-def test_a_seed_draws_the_same() -> None:
-    first, again = (stratified(100, 9, torch.Generator().manual_seed(4)) for _ in range(2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, stratified(100, 9, torch.Generator().manual_seed(5)))
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(("population", "count"), [(10, 1), (10, 7), (1000, 10), (1000, 333), (5, 5), (2, 1)])
+def test_whoever_draws_with_a_seed_draws_the_same(population: int, count: int, seed: int) -> None:
+    alone = stratified(range(population), population, count, seed)
+    for world in (2, 3, 7):
+        owned = [class_range(population, world, rank) for rank in range(world)]
+        assert torch.equal(torch.cat([stratified(part, population, count, seed) for part in owned]), alone)
+    assert population < 100 or not torch.equal(alone, stratified(range(population), population, count, seed + 1))
+
+
+def test_a_worker_of_many_draws_in_no_time_what_others_own() -> None:
+    owned = range(10**8, 10**8 + 1000)
+    drawn = stratified(owned, 10**9, 10**8, 0)
+    assert ((drawn >= owned.start) & (drawn < owned.stop)).all()
+    assert 99 <= len(drawn) <= 101
 
 
 @pytest.mark.parametrize("seed", range(20))

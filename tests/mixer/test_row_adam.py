@@ -46,7 +46,9 @@ def slow(weight: Tensor, steps: int, share: float, decay: float) -> tuple[Tensor
 def run(weight: Tensor, first: int, last: int, share: float, decay: float, before: RowAdam | None = None) -> RowAdam:
     adam = RowAdam(weight.clone(), 0.0, decay)
     if before is not None:
-        adam.load(before.state(), before.step_count)
+        state = before.state()
+        pieces = [(part, {name: rows[part] for name, rows in state.items()}) for part in (slice(3, None), slice(3))]
+        adam.load(pieces, before.step_count)
     for step in range(first, last):
         adam.lr = rates(step)
         rows = adam.draw(drawn(step, share) if share < 1 else None)

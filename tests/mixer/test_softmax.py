@@ -113,7 +113,7 @@ class Recorder:
         self.drawn: list[Tensor] = []
 
     def draw(self, index: Tensor | None) -> Rows:
-        rows = torch.arange(len(self.weight)) if index is None else index
+        rows = torch.arange(len(self.weight), device=self.weight.device) if index is None else index
         return Rows(rows, self.weight[rows], self.weight[rows], self.weight[rows, 0])
 
     def update(self, rows: Rows, part: slice, gradient: Tensor) -> None:
@@ -125,7 +125,9 @@ class Recorder:
         pass
 
 
-def run_case(case: Case, world: int, rank: int, group: dist.ProcessGroup | None = None) -> dict[str, Tensor]:
+def run_case(
+    case: Case, world: int, rank: int, group: dist.ProcessGroup | None = None, device: str = "cpu"
+) -> dict[str, Tensor]:
     """Run one rank's part; its embeddings and its classes only."""
     counts, embeddings, targets, class_weights = whole_batch(case, world)
     mine = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
@@ -133,16 +135,20 @@ def run_case(case: Case, world: int, rank: int, group: dist.ProcessGroup | None 
     head = ShardedMarginSoftmax(DIM, case.classes, case.margin, case.scale, group, **drawing, chunk=3)
     with torch.no_grad():
         head.weight.copy_(class_weights[head.owned.start : head.owned.stop])
+    head.to(device)
     recorder = head.optimizer = Recorder(head.weight)
-    leaf = embeddings[mine].clone().requires_grad_()
-    loss = head(leaf, targets[torch.arange(mine.start, mine.stop)])
+    leaf = embeddings[mine].clone().to(device).requires_grad_()
+    known = targets[torch.arange(mine.start, mine.stop)].to(device)
+    loss = head(leaf, known)
     (3 * loss).backward()
     assert leaf.grad is not None
-    gradient, drawn = recorder.gradient / 3, torch.cat([torch.zeros(0, dtype=torch.int64), *recorder.drawn])
-    classes, belief = head.likeliest(leaf.detach(), targets[torch.arange(mine.start, mine.stop)], 3)
+    gradient = recorder.gradient / 3
+    drawn = torch.cat([torch.zeros(0, dtype=torch.int64, device=device), *recorder.drawn])
+    classes, belief = head.likeliest(leaf.detach(), known, 3)
     found = {"likeliest": classes, "belief": belief}
     found |= {"classes": gradient, "drawn": drawn + head.owned.start}
-    return {"loss": loss.detach(), "embeddings": leaf.grad / 3, **found}
+    found |= {"loss": loss.detach(), "embeddings": leaf.grad / 3}
+    return {name: value.cpu() for name, value in found.items()}
 
 
 def drawn_weights() -> dict[str, Tensor]:
@@ -240,6 +246,24 @@ def test_gradients_of_classes_cannot_explode(name: str) -> None:
     assert pulls.sum() <= 2 + 1e-5
 
 
+def gpu_worker(rank: int, world: int, folder: str) -> None:
+    """One of so many processes with a GPU each."""
+    torch.cuda.set_device(rank)
+    dist.init_process_group("nccl", init_method=f"file://{folder}/rendezvous", world_size=world, rank=rank)
+    results = {name: run_case(case, world, rank, device=f"cuda:{rank}") for name, case in CASES.items()}
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_gpus_equal_one_process(tmp_path: Path) -> None:
+    world = min(3, torch.cuda.device_count())
+    torch.multiprocessing.spawn(gpu_worker, (world, str(tmp_path)), nprocs=world)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(world)]
+    for name, case in CASES.items():
+        check(case, [part[name] for part in parts])
+
+
 def test_the_group_given_is_the_one_used(ranks) -> None:
     check(CASES["sample weights"], [ranks[3][rank]["subgroup"] for rank in (1, 2)])
 
@@ -315,13 +339,36 @@ def test_the_sum_over_classes_drawn_is_unbiased(nearest: int) -> None:
     assert (error < (0.01 if nearest else 0.02)).all()  # the largest are there for certain
 
 
+def test_what_is_drawn_does_not_depend_on_the_number_of_workers(ranks) -> None:
+    name = "some classes are drawn"
+    alone = run_case(CASES[name], 1, 0)["drawn"]
+    assert 12 <= len(alone) < 60
+    for world in (2, 3):
+        assert len({class_range(60, world, rank).start for rank in range(world)}) == world
+        named = whole_batch(CASES[name], 1)[2].classes
+        others = torch.cat([results[name]["drawn"] for results in ranks[world]])
+        assert set(alone.tolist()) - set(named.flatten().tolist()) <= set(others.tolist())
+
+
+def test_bf16_moves_a_logit_less_than_its_bound_at_worst() -> None:
+    """Both factors and the product lie in the middle between two numbers that bf16 has."""
+    head = ShardedMarginSoftmax(2, 1001, 0.0, scale := 19.538, precision="bf16")
+    head.weight = torch.stack([1 + torch.arange(1001) / 1000, torch.zeros(1001)], dim=1)
+    head.optimizer = Recorder(head.weight)
+    cosines = []
+    for embedding in torch.linspace(0.5, 1, 50):
+        total, _ = class_logits(head, torch.tensor([[embedding, 0.0]]), Targets.certain(torch.tensor([0])))
+        cosines.append(float((total / 1000).log() / scale - embedding))
+    assert max(map(abs, cosines)) < 0.012
+
+
 @pytest.mark.parametrize("dim", [16, 256])
 def test_bf16_moves_a_logit_less_than_its_bound(dim: int) -> None:
     embeddings = F.normalize(torch.randn(64, dim, generator=torch.Generator().manual_seed(1)), dim=1)
     known = Targets.certain(torch.arange(64) % 50)
     exact, rounded = (class_logits(make_head(50, dim, precision=kind), embeddings, known) for kind in ("fp32", "bf16"))
     torch.testing.assert_close(exact[1], rounded[1])  # of the class named, nothing is rounded
-    assert ((exact[0] / rounded[0]).log().abs() < 8.0 * 2**-7).all()
+    assert ((exact[0] / rounded[0]).log().abs() < 8.0 * 0.012).all()
     assert not torch.equal(exact[0], rounded[0])
 
 
@@ -330,7 +377,7 @@ def sampled_run(first: int, last: int, before: RowAdam | None = None) -> tuple[R
     head = make_head(400, rate=0.05)
     adam = head.optimizer = RowAdam(head.weight, 0.05, weight_decay=0.01)
     if before:
-        adam.load(before.state(), before.step_count)
+        adam.load([(slice(None), before.state())], before.step_count)
     losses = []
     for step in range(first, last):
         generator = torch.Generator().manual_seed(step)

@@ -21,6 +21,14 @@ def rows_of(classes: int, owned: range) -> dict[str, torch.Tensor]:
     return {"weight": whole[owned.start : owned.stop], "exp_avg": -whole[owned.start : owned.stop]}
 
 
+def read(checkpoints: Checkpoints, name: str, owned: range) -> dict[str, torch.Tensor]:
+    found = {part: torch.full((len(owned), DIM), torch.nan) for part in ("weight", "exp_avg")}
+    for place, rows in checkpoints.read_classes(name, owned):
+        for part, values in rows.items():
+            found[part][place] = values
+    return found
+
+
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Checkpoints:
     return Checkpoints(LocalStorage(str(tmp_path)), "run")
@@ -35,7 +43,7 @@ def test_written_by_n_read_by_m(checkpoints: Checkpoints, classes: int, writers:
         checkpoints.write_classes(name_of(3), owned, rows_of(classes, owned))
     for rank in range(readers):
         owned = class_range(classes, readers, rank)
-        found = checkpoints.read_classes(name_of(3), owned)
+        found = read(checkpoints, name_of(3), owned)
         for name, wanted in rows_of(classes, owned).items():
             assert torch.equal(found[name], wanted)
 
@@ -44,15 +52,24 @@ def test_ranges_of_any_size(checkpoints: Checkpoints) -> None:
     for start, stop in ((0, 1), (1, 9), (9, 10)):
         checkpoints.write_classes(name_of(0), range(start, stop), rows_of(10, range(start, stop)))
     for owned in (range(0, 10), range(0, 5), range(8, 10), range(3, 4), range(10, 10)):
-        assert torch.equal(checkpoints.read_classes(name_of(0), owned)["weight"], rows_of(10, owned)["weight"])
+        assert torch.equal(read(checkpoints, name_of(0), owned)["weight"], rows_of(10, owned)["weight"])
+
+
+def test_rows_that_are_not_there_are_missed(checkpoints: Checkpoints) -> None:
+    for start in (0, 4):
+        checkpoints.write_classes(name_of(0), range(start, start + 2), rows_of(6, range(start, start + 2)))
+    sentence = r"runs/run/epoch-00000: holds 3 of the classes 1 to 6; delete .*epoch-00000 and the run goes on from"
+    with pytest.raises(StorageError, match=sentence):
+        read(checkpoints, name_of(0), range(1, 6))
 
 
 def test_many_classes_are_written_in_pieces(checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mixer_platform.train.checkpoints._FILE", 2 * 4 * DIM * 3)
     checkpoints.write_classes(name_of(0), range(10, 20), rows_of(10, range(10)))
     assert len(checkpoints.class_files(name_of(0))) == 4
-    found = checkpoints.read_classes(name_of(0), range(12, 17))
+    found = read(checkpoints, name_of(0), range(12, 17))
     assert torch.equal(found["weight"], rows_of(10, range(2, 7))["weight"])
+    assert len(list(checkpoints.read_classes(name_of(0), range(12, 17)))) == 3, "a file at a time"
 
 
 def test_what_never_became_visible_is_swept(checkpoints: Checkpoints) -> None:
@@ -110,8 +127,8 @@ def test_what_an_interrupted_epoch_left_is_cleared(checkpoints: Checkpoints) -> 
     checkpoints.write_classes(name_of(0), range(3), rows_of(3, range(3)))
     checkpoints.clear(name_of(1))
     checkpoints.write_classes(name_of(1), range(3), rows_of(3, range(3)))
-    assert torch.equal(checkpoints.read_classes(name_of(1), range(3))["weight"], rows_of(3, range(3))["weight"])
-    assert torch.equal(checkpoints.read_classes(name_of(0), range(3))["weight"], rows_of(3, range(3))["weight"])
+    assert torch.equal(read(checkpoints, name_of(1), range(3))["weight"], rows_of(3, range(3))["weight"])
+    assert torch.equal(read(checkpoints, name_of(0), range(3))["weight"], rows_of(3, range(3))["weight"])
 
 
 def test_names_sort_as_the_run_goes() -> None:
@@ -148,7 +165,7 @@ def test_a_storage_that_does_not_answer_is_asked_again(tmp_path: Path) -> None:
     assert Checkpoints(storage, "run").latest() == {"name": name_of(0)}
     storage.failures = 1
     with pytest.raises(StorageError, match="no answer"):
-        Checkpoints(storage, "run", patience=-1).publish(name_of(1), {})
+        Checkpoints(storage, "run", patience_s=-1).publish(name_of(1), {})
 
 
 def test_what_is_missing_is_not_waited_for(checkpoints: Checkpoints) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from mixer.config import ModelConfig
-from mixer.softmax import ShardedMarginSoftmax
+from mixer.softmax import ShardedMarginSoftmax, class_range
 from mixer.targets import Targets
 from mixer.towers import Towers
 from mixer.training import Batch, FrozenTower
@@ -54,7 +56,12 @@ PARTS = [
 
 
 def make_trainer(
-    zero_stage: int, precision: str, scale: float, micro_batch: int | None = None, restored: bool = False
+    zero_stage: int,
+    precision: str,
+    scale: float,
+    micro_batch: int | None = None,
+    restored: bool = False,
+    device: str = "cpu",
 ) -> Any:
     from mixer_platform.train import engine
 
@@ -77,7 +84,7 @@ def make_trainer(
     with pytest.MonkeyPatch.context() as patch:
         if zero_stage == 3:  # cut them all: as it comes, parameters as small as these are kept whole
             patch.setattr(engine, "_deepspeed_config", cutting_all(engine._deepspeed_config))
-        return engine.HybridTrainer(FrozenTower(towers), head, config, STEPS)
+        return engine.HybridTrainer(FrozenTower(towers).to(device), head.to(device), config, STEPS)
 
 
 def cutting_all(known: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -117,7 +124,8 @@ def part_of(step: int, world: int, rank: int) -> Batch:
 
 
 def run_steps(trainer: Any, start: int, stop: int, world: int, rank: int) -> list[float]:
-    return [trainer.step(part_of(step, world, rank)) for step in range(start, stop)]
+    device = trainer.head.weight.device
+    return [trainer.step(part_of(step, world, rank).to(device)) for step in range(start, stop)]
 
 
 def whole_state(trainer: Any, checkpoints: Checkpoints, steps: int, losses: list[float]) -> None:
@@ -156,6 +164,22 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
             trainer.load_head_state(checkpoints.read_classes(name, trainer.head.owned), state["step"])
         losses = losses + run_steps(trainer, [0, *STOPS][leg], STOPS[leg], world, rank)
         whole_state(trainer, checkpoints, STOPS[leg], losses)
+        rows, head = weakref.ref(trainer.head.optimizer), weakref.ref(trainer.head)
+        assert len(trainer.release()) == len(class_range(CLASSES, world, rank))
+        gc.collect()
+        assert rows() is head() is None, "the next stage needs their memory"
+    dist.destroy_process_group()
+
+
+def gpu_worker(rank: int, world: int, port: int, folder: str) -> None:
+    """One process of `world` with a GPU each: every mode without a break."""
+    torch.cuda.set_device(rank)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group("nccl", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    for mode, settings in MODES.items():
+        trainer = make_trainer(*settings, device=f"cuda:{rank}")
+        losses = run_steps(trainer, 0, STEPS, world, rank)
+        whole_state(trainer, Checkpoints(open_storage(folder), f"{mode}-gpu"), STEPS, losses)
     dist.destroy_process_group()
 
 
@@ -174,8 +198,8 @@ def read(folder: Path, run: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     state = checkpoints.latest()
     assert state is not None
     assert state["step"] == STEPS
-    rows = checkpoints.read_classes(name_of(STEPS), range(CLASSES))
-    classes = {f"classes.{name}": value for name, value in rows.items()}
+    pieces = [rows for _, rows in checkpoints.read_classes(name_of(STEPS), range(CLASSES))]
+    classes = {f"classes.{name}": torch.cat([rows[name] for rows in pieces]) for name in pieces[0]}
     return state["losses"], checkpoints.read_towers(name_of(STEPS)) | classes
 
 
@@ -198,6 +222,15 @@ def test_two_processes_equal_one(runs: Path, mode: str) -> None:
     assert_equal(read(runs, f"{mode}-whole-2"), read(runs, f"{mode}-whole-1"), 1e-5)
     plain = "zero0-clipped" if MODES[mode][2] > 1 else "zero0"
     assert_equal(read(runs, f"{mode}-whole-2"), read(runs, f"{plain}-whole-1"), 1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_one_or_two_gpus_equal_one_process(runs: Path, tmp_path: Path) -> None:
+    world = min(2, torch.cuda.device_count())
+    torch.multiprocessing.spawn(gpu_worker, (world, free_ports(1)[0], str(tmp_path)), nprocs=world)
+    for mode, settings in MODES.items():
+        tolerance = 1e-4 if settings[1] == "fp32" else 0.05
+        assert_equal(read(tmp_path, f"{mode}-gpu"), read(runs, f"{mode}-whole-1"), tolerance)
 
 
 def test_two_processes_equal_one_in_bf16(runs: Path) -> None:

@@ -15,11 +15,11 @@ from mixer.export import export_encoders
 from mixer.images import decode
 from mixer.sampling import EpochPlan
 from mixer.towers import MixerModel
-from mixer_platform.errors import InputError
+from mixer_platform.errors import InputError, MissingError, StorageError
 from mixer_platform.storage import open_storage
 from mixer_platform.train.features import FeatureSamples, FeatureWorker
 from mixer_platform.train.feeding import Schedule, batches_of
-from mixer_platform.train.pictures import PictureSamples
+from mixer_platform.train.pictures import PictureSamples, read_picture
 
 VIEWS = 3
 PHOTOS, ITEMS = 12, 6
@@ -192,3 +192,21 @@ def test_pictures_as_needed_give_the_same_batches(
     assert not torch.equal(augmented, pictures.batch(rows, plan()).photos)
     assert torch.equal(augmented, pictures.batch(rows, plan(view=1)).photos)
     assert pictures.batch(np.array([12]), plan()).photos.shape == (0, 32, 32, 3)
+
+
+def test_a_storage_that_does_not_answer_is_asked_again_for_a_picture(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[StorageError] = [StorageError("no answer"), StorageError("no answer")]
+
+    def read(uri: str) -> bytes:
+        if errors:
+            raise errors.pop(0)
+        return Path(uri).read_bytes()
+
+    monkeypatch.setattr("mixer_platform.train.pictures.read_uri", read)
+    assert read_picture(str(workspace.parent / "query-0-0.png")).size == (48, 40)
+    assert not errors
+    errors.append(MissingError("nothing is there"))
+    with pytest.raises(MissingError):
+        read_picture("gone.png")

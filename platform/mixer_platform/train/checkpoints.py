@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -14,14 +12,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from mixer.targets import Targets
-from mixer_platform.errors import MissingError, StorageError
+from mixer_platform.errors import StorageError
+from mixer_platform.patience import PATIENCE_S, patiently
 from mixer_platform.storage import Storage
 
 STATE = "state.json"
 _FILE = 2**28  # bytes of a worker's rows in one file; stores take no files of any size
 P = ParamSpec("P")
 R = TypeVar("R")
-_log = logging.getLogger(__name__)
 _TOWERS = "towers.safetensors"
 
 
@@ -33,11 +31,11 @@ def name_of(epoch: int, batches: int = 0) -> str:
 class Checkpoints:
     """The checkpoints of one run, below `runs/<run>/` of a workspace. `state.json` makes one visible.
 
-    Where the storage does not answer they try again for `patience` seconds, then raise its StorageError.
+    Where the storage does not answer they try again for `patience_s` seconds, then raise its StorageError.
     """
 
-    def __init__(self, storage: Storage, run: str, patience: float = 300) -> None:
-        self.storage, self.folder, self.patience = storage, f"runs/{run}", patience
+    def __init__(self, storage: Storage, run: str, patience_s: float = PATIENCE_S) -> None:
+        self.storage, self.folder, self.patience_s = storage, f"runs/{run}", patience_s
         self._kept = f"{self.folder}/kept.safetensors"
 
     def latest(self) -> dict[str, Any] | None:
@@ -100,17 +98,24 @@ class Checkpoints:
         """Return what `write_towers` wrote."""
         return load(self._patiently(self.storage.read, f"{self.folder}/{name}/{_TOWERS}"))
 
-    def read_classes(self, name: str, owned: range) -> dict[str, Tensor]:
-        """Return the rows of the classes `owned`, from however many files they were written to."""
-        parts: list[dict[str, Tensor]] = []
+    def read_classes(self, name: str, owned: range) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """Yield the rows of the classes `owned` and where they belong among these, a file at a time: together they may
+        take most of the memory. Raises StorageError if some are not there."""
+        found = 0
         for key in self.class_files(name):
             start, stop = (int(number) for number in key.rpartition("/")[2].removesuffix(".safetensors").split("-"))
             first, last = max(start, owned.start), min(stop, owned.stop)
-            if first < last or not parts:  # the first file also tells the shape to a worker without classes
+            if first < last:
                 rows = load(self._patiently(self.storage.read, key))
-                cut = slice(max(first - start, 0), max(last - start, 0))
-                parts.append({part: value[cut] for part, value in rows.items()})
-        return {part: torch.cat([rows[part] for rows in parts]) for part in parts[0]}
+                mine = {part: value[first - start : last - start] for part, value in rows.items()}
+                yield slice(first - owned.start, last - owned.start), mine
+                found += last - first
+        if found != len(owned):
+            folder = f"{self.storage.uri}/{self.folder}"
+            raise StorageError(
+                f"{folder}/{name}: holds {found} of the classes {owned.start} to {owned.stop}; delete {folder}/{name} "
+                "and the run goes on from the checkpoint before"
+            )
 
     def class_files(self, name: str) -> list[str]:
         """Return the keys of what `write_classes` wrote, in order of classes."""
@@ -123,15 +128,4 @@ class Checkpoints:
         self._patiently(self.storage.write, key, data)
 
     def _patiently(self, action: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
-        began, wait = time.monotonic(), 0.1
-        while True:
-            try:
-                return action(*arguments, **named)
-            except MissingError:
-                raise
-            except StorageError as error:
-                if time.monotonic() - began > self.patience:
-                    raise
-                _log.warning("%s; trying again in %.1f s", error, wait)
-                time.sleep(wait)
-                wait = min(2 * wait, 5.0)
+        return patiently(action, self.patience_s)(*arguments, **named)

@@ -6,6 +6,7 @@ in the backward pass.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -167,9 +168,18 @@ class HybridTrainer:
         """Return the rows of this worker's classes and their moments, each [owned classes, ..]."""
         return self._rows.state()
 
-    def load_head_state(self, state: dict[str, Tensor], step: int) -> None:
-        """Go on from the rows of this worker's classes."""
-        self._rows.load(state, step)
+    def load_head_state(self, pieces: Iterable[tuple[slice, dict[str, Tensor]]], step: int) -> None:
+        """Go on from the rows of this worker's classes, a piece after the other."""
+        self._rows.load(pieces, step)
+
+    def release(self) -> Tensor:
+        """Return the rows of this worker's classes without their moments; the last thing that is asked of a trainer.
+
+        A stage's classes may take most of the memory, which the next stage needs for its own.
+        """
+        weight = self.head_state()["weight"]
+        del self._rows, self.head
+        return weight
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
         """Return what the model saves beside parameters, such as the features' mean."""

@@ -22,6 +22,7 @@ from mixer.towers import MixerModel
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import ConfigError
+from mixer_platform.patience import patiently
 from mixer_platform.storage import Storage, open_storage
 from mixer_platform.train.checkpoints import Checkpoints
 from mixer_platform.train.features import cache_features
@@ -46,7 +47,7 @@ _NOT_LEARNED_FROM: dict[str, Any] = {
 }
 # What large tensors give back stays with the worker, for the next ones. glibc returns it to Linux, and every step gets
 # its activations anew, page by page, each filled with zeros first. One arena, for those of threads are small pieces.
-_KEEP_FREED_MEMORY = {
+KEEP_FREED_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -115,8 +116,8 @@ def train(config: RunConfig) -> dict[str, Any]:
     shares = {name[6:]: share for name, share in state["history"][-1].items() if name.startswith("share_")}
     _log.info("time of the last epoch's steps: %s", ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
     version = versions.new_version(run)
-    _publish(storage, version, checkpoints, state["name"], config.model, report)
-    return versions.publish(storage, KIND, version, report)
+    patiently(_publish)(storage, version, checkpoints, state["name"], config.model, report)
+    return patiently(versions.publish)(storage, KIND, version, report)
 
 
 def _fit(job: dict[str, Any], config: RunConfig) -> None:
@@ -139,7 +140,7 @@ def _fit(job: dict[str, Any], config: RunConfig) -> None:
             run_config=RayRunConfig(
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=config.train.max_failures),
-                worker_runtime_env={"env_vars": _KEEP_FREED_MEMORY},
+                worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},
             ),
         ).fit()
 

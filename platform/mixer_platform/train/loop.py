@@ -33,6 +33,8 @@ from mixer_platform.train.stages import (
     with_pictures,
 )
 
+_SCORES = 2**26  # of photos and items that are in memory at a time
+
 
 def train_worker(job: dict[str, Any]) -> None:
     """Train one run to its last epoch. `job` holds workspace, run, samples, features, classes, model, train.
@@ -154,6 +156,7 @@ def held_out_recall(
     """Return how often the item nearest to a held-out photo has the photo's (weak) label."""
     items = np.arange(len(samples.photos), len(samples.labels))
     queries, gallery = (embedded(trainer, samples, rows, 0, batch_size, device) for rows in (held_out, items))
-    nearest = (queries @ gallery.T).argmax(dim=1).numpy()
+    at_once = max(1, _SCORES // max(1, len(gallery)))
+    nearest = torch.cat([(part @ gallery.T).argmax(dim=1) for part in queries.split(at_once)]).numpy()
     right = samples.labels[items].numpy()[nearest] == samples.labels[held_out].numpy()
     return round(float(hit_at_k(right[:, None], 1).mean()), 4)

@@ -16,6 +16,7 @@ from mixer.sampling import EpochPlan
 from mixer.tokenizer import Tokenizer
 from mixer.training import Batch
 from mixer_platform.errors import InputError
+from mixer_platform.patience import patiently
 from mixer_platform.storage import open_storage, read_uri
 from mixer_platform.train.labels import in_training_order, read_labels
 
@@ -23,9 +24,10 @@ _THREADS = 4
 
 
 def read_picture(uri: str) -> Image.Image:
-    """Return the decoded picture of a sample. Raises InputError if it broke since prepare read it."""
+    """Return the decoded picture of a sample. Raises InputError if it broke since prepare read it, StorageError if the
+    storage does not answer for minutes."""
     try:
-        return decode(read_uri(uri))
+        return decode(patiently(read_uri)(uri))
     except UnreadableImage as error:
         raise InputError(f"{uri}: {error}; prepare could still read it, put the whole picture back") from error
 

@@ -17,6 +17,7 @@ from mixer.towers import MixerModel, Towers
 from mixer.training import FrozenTower, WholeModel
 from mixer_platform.config import FineTuneConfig, TrainConfig
 from mixer_platform.errors import ConfigError
+from mixer_platform.patience import patiently
 from mixer_platform.storage import open_storage
 from mixer_platform.train.checkpoints import Checkpoints
 from mixer_platform.train.engine import HybridTrainer
@@ -76,6 +77,7 @@ def next_stage(
         samples = with_pictures(job, samples)
         return samples, new_trainer(job, settings, samples, len(rows), device, trainer)
     samples.targets = relabelled(trainer, samples, config, device)
+    trainer.release()
     trainer = new_trainer(job, settings, samples, len(rows), device)
     start_classes(job, trainer, samples, rows, device)
     return samples, trainer
@@ -91,22 +93,27 @@ def new_trainer(
 ) -> HybridTrainer:
     """Return a trainer of a stage over `rows` samples, the same on every worker.
 
-    The model is the one that the run starts from, or what the trainer `before` has made of it.
+    The model is the one that the run starts from, or what the trainer `before`, which this ends, has made of it.
     """
     architecture, storage = ModelConfig.model_validate(job["model"]), open_storage(job["workspace"])
     torch.manual_seed(config.seed)
     tower: FrozenTower | WholeModel
     if isinstance(samples, PictureSamples):
-        model = starting_model(storage, config.start, architecture)
+        model = patiently(starting_model)(storage, config.start, architecture)
         model.image_encoder.train_from(config.fine_tune.from_block)
         if config.fine_tune.checkpoint_activations:
             model.image_encoder.checkpoint_activations()
         tower = WholeModel(model)
     elif config.start:
-        tower = FrozenTower(starting_model(storage, config.start, architecture).towers)
+        tower = FrozenTower(patiently(starting_model)(storage, config.start, architecture).towers)
     else:
         tower = FrozenTower(Towers(architecture, *job["widths"]))
         tower.towers.fit_features(samples.pooled(tower.towers))
+    weight = None
+    if before is not None:
+        unknown = tower.load_state_dict(before.trained_state(), strict=False).unexpected_keys
+        assert not unknown, unknown  # what it lacks was not trained
+        weight = before.release()
     scale = config.scale or fixed_scale(job["classes"])
     head = ShardedMarginSoftmax(
         architecture.dim,
@@ -120,10 +127,9 @@ def new_trainer(
         precision=config.precision,
     ).to(device)
     head.reset(config.seed)
-    if before is not None:
-        unknown = tower.load_state_dict(before.trained_state(), strict=False).unexpected_keys
-        assert not unknown, unknown  # what it lacks was not trained
-        head.weight.copy_(before.head_state()["weight"])
+    if weight is not None:
+        head.weight.copy_(weight)
+        del weight  # before moments are made
     return HybridTrainer(tower.to(device), head, config, config.epochs * -(-rows // config.batch_size))
 
 
@@ -138,7 +144,7 @@ def start_classes(
         return
     kept = Checkpoints(storage, job["run"]).read_kept()
     owned = slice(head.owned.start, head.owned.stop)
-    weight = read_rows(storage, str(config.start), kept[owned])
+    weight = patiently(read_rows)(storage, str(config.start), kept[owned])
     new = np.flatnonzero(kept == NEW)
     mine = new[(new >= owned.start) & (new < owned.stop)]
     theirs = rows[np.isin(samples.labels[rows].numpy(), new)]
