@@ -24,7 +24,7 @@ from mixer_platform.item_ids import assign_ids, part_of
 
 DIM = 16
 KINDS = ["Flat", "SQ8", "HNSW16", "HNSW16,SQ8", "IVF4,Flat", "IVF4,SQ8", "IVF4,PQ8x4fs,Refine(SQ8)"]
-KINDS += ["IVF4,RaBitQ,Refine(SQ8)", "IVF4,RaBitQfs,Refine(SQ4)", "OPQ4_16,IVF4,PQ4x8", "IVF4,SQ4"]
+KINDS += ["IVF4,RaBitQ,Refine(SQ8)", "IVF4,RaBitQfs,Refine(SQ4)", "OPQ4_16,IVF4,PQ4x4", "IVF4,SQ4"]
 WIDE = {"nprobe": 4, "efSearch": 400, "k_factor": 64}
 
 
@@ -210,7 +210,7 @@ def test_what_is_not_as_published_is_refused_by_name(tmp_path: Path) -> None:
     ("factory", "message"),
     [
         ("Nonsense", r"^FAISS refuses 'Nonsense': "),
-        ("PQ4x8", r"^FAISS refuses 'PQ4x8': .*search params"),
+        ("PQ4x4", r"^FAISS refuses 'PQ4x4': .*search params"),
         ("IVF4096,Flat", r"^FAISS refuses 'IVF4096,Flat': .*Number of training points \(300\) should be at least"),
         ("IVF4,PQ4x4fs", r"^FAISS refuses 'IVF4,PQ4x4fs': its rows cannot be read back; append ,RFlat$"),
     ],

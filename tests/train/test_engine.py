@@ -42,6 +42,7 @@ MODES: dict[str, tuple[Any, ...]] = {
     "zero1-bf16": (1, "bf16", 0.5),  # the last two: DeepSpeed's autocast is a setting of the process
     "zero3-bf16": (3, "bf16", 0.5),
 }
+BROKEN_OFF = {"zero0": 1e-5, "zero1": 1e-5, "zero2": 1e-5, "zero3": 1e-5, "zero1-bf16": 0.05}  # and how alike they are
 STOPS = [2, 4, STEPS]  # 2 workers, then 1, then 3
 
 # The rows of each worker of two in each step: uneven, without photos (< PHOTOS), without items, without anything.
@@ -153,6 +154,8 @@ def worker(rank: int, world: int, port: int, folder: str) -> None:
             trainer = make_trainer(*settings)
             losses = run_steps(trainer, 0, STEPS, world, rank)
             whole_state(trainer, Checkpoints(storage, f"{mode}-whole-{world}"), STEPS, losses)
+        if mode not in BROKEN_OFF:
+            continue
         leg = {2: 0, 1: 1, 3: 2}[world]
         checkpoints = Checkpoints(storage, f"{mode}-broken")
         losses = []
@@ -233,14 +236,13 @@ def test_one_or_two_gpus_equal_one_process(runs: Path, tmp_path: Path) -> None:
         assert_equal(read(tmp_path, f"{mode}-gpu"), read(runs, f"{mode}-whole-1"), tolerance)
 
 
-def test_two_processes_equal_one_in_bf16(runs: Path) -> None:
-    assert_equal(read(runs, "zero1-bf16-whole-2"), read(runs, "zero1-bf16-whole-1"), 0.05)
-    np.testing.assert_allclose(read(runs, "zero1-bf16-whole-2")[0], read(runs, "zero0-whole-1")[0], rtol=0.05)
+@pytest.mark.parametrize("mode", ["zero1-bf16", "zero3-bf16"])
+def test_two_processes_equal_one_in_bf16(runs: Path, mode: str) -> None:
+    assert_equal(read(runs, f"{mode}-whole-2"), read(runs, f"{mode}-whole-1"), 0.05)
+    np.testing.assert_allclose(read(runs, f"{mode}-whole-2")[0], read(runs, "zero0-whole-1")[0], rtol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("mode", "tolerance"), [("zero0", 1e-5), ("zero1", 1e-5), ("zero2", 1e-5), ("zero3", 1e-5), ("zero1-bf16", 0.05)]
-)
+@pytest.mark.parametrize(("mode", "tolerance"), BROKEN_OFF.items())
 def test_two_then_one_then_three_processes_equal_an_unbroken_run(runs: Path, mode: str, tolerance: float) -> None:
     assert_equal(read(runs, f"{mode}-broken"), read(runs, f"{mode}-whole-1"), tolerance)
 

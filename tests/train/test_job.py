@@ -69,8 +69,9 @@ def test_a_run_publishes_a_model_and_an_interrupted_one_goes_on(workspace: Path,
     assert [path.name for path in (folder / "classifier").iterdir()] == ["000000000000-000000000003.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
-@pytest.mark.parametrize(("epochs", "trained"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 3)])
+@pytest.mark.parametrize(("epochs", "trained"), [(1, 1), (2, 3)])
 def test_a_run_of_two_rounds_goes_on_between_and_within_them(
     cached: Path, architecture: ModelConfig, epochs: int, trained: int
 ) -> None:
