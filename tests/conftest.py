@@ -35,6 +35,11 @@ KEEP_WORKERS = {"num_workers_soft_limit": 16, "idle_worker_killing_time_threshol
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *["red", "green", "blue", "round", "square", "thing", ",", "."]]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Try serving last: its service runs on to the end of the session, and what else uses the cluster would wait."""
+    items.sort(key=lambda item: item.path.is_relative_to(ROOT / "tests/serve"))
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
     """A small Ray cluster on this machine, with the checkout importable in its workers."""

@@ -135,6 +135,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         "fp32", description="bf16: towers and classifier multiply in it; weights stay fp32"
     )
+    clip_classes: bool = Field(
+        False, description="the norm that is clipped at 1 is of towers and classes together, not of the towers alone"
+    )
     holdout: float = Field(0.05, ge=0, lt=0.5, description="share of query samples kept out to follow recall")
     recall_every: int = Field(1, ge=1, description="epochs from one measurement of the held-out recall to the next")
     checkpoint_steps: int = Field(0, ge=0, description="steps from checkpoint to checkpoint within an epoch; 0: none")

@@ -16,6 +16,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from mixer.config import ModelConfig
+from mixer.held_gradients import HeldGradients
+from mixer.row_adam import RowAdam
+from mixer.sampling import learning_rate_factor
 from mixer.softmax import ShardedMarginSoftmax, class_range
 from mixer.targets import Targets
 from mixer.towers import Towers
@@ -27,8 +30,8 @@ from mixer_platform.train.checkpoints import Checkpoints, name_of
 
 STEPS, CLASSES, PHOTOS, ITEMS = 6, 7, 10, 8
 IMAGE_WIDTH, TEXT_WIDTH = 12, 8
-# ZeRO stage, precision, the softmax's scale and, perhaps, the samples embedded at a time. A small scale keeps gradients
-# below the clipping norm, which would hide a wrong factor; a large one has them clipped.
+# ZeRO stage, precision, the softmax's scale and, perhaps, the samples embedded at a time and whether classes are clipped.
+# A small scale keeps gradients below the clipping norm, which would hide a wrong factor; a large one has them clipped.
 MODES: dict[str, tuple[Any, ...]] = {
     "zero0": (0, "fp32", 0.5),
     "zero1": (1, "fp32", 0.5),
@@ -39,11 +42,17 @@ MODES: dict[str, tuple[Any, ...]] = {
     "zero2-parts": (2, "fp32", 8.0, 2),
     "zero3": (3, "fp32", 0.5),
     "zero3-parts": (3, "fp32", 8.0, 2),
+    "zero0-together": (0, "fp32", 8.0, None, True),
+    "zero1-together": (1, "fp32", 8.0, None, True),
+    "zero2-together": (2, "fp32", 8.0, 2, True),
+    "zero3-together": (3, "fp32", 8.0, 2, True),
     "zero1-bf16": (1, "bf16", 0.5),  # the last two: DeepSpeed's autocast is a setting of the process
     "zero3-bf16": (3, "bf16", 0.5),
 }
 BROKEN_OFF = {"zero0": 1e-5, "zero1": 1e-5, "zero2": 1e-5, "zero3": 1e-5, "zero1-bf16": 0.05}  # and how alike they are
 STOPS = [2, 4, STEPS]  # 2 workers, then 1, then 3
+
+LEARNING: dict[str, Any] = {"batch_size": 12, "tower_lr": 0.02, "classifier_lr": 0.05, "warmup": 0.3}
 
 # The rows of each worker of two in each step: uneven, without photos (< PHOTOS), without items, without anything.
 PARTS = [
@@ -61,11 +70,23 @@ def make_trainer(
     precision: str,
     scale: float,
     micro_batch: int | None = None,
+    clip_classes: bool = False,
     restored: bool = False,
     device: str = "cpu",
 ) -> Any:
     from mixer_platform.train import engine
 
+    tower, head = make_model(scale, restored)
+    config = TrainConfig(
+        zero_stage=zero_stage, precision=precision, micro_batch=micro_batch, clip_classes=clip_classes, **LEARNING
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        if zero_stage == 3:  # cut them all: as it comes, parameters as small as these are kept whole
+            patch.setattr(engine, "_deepspeed_config", cutting_all(engine._deepspeed_config))
+        return engine.HybridTrainer(tower.to(device), head.to(device), config, STEPS)
+
+
+def make_model(scale: float, restored: bool = False) -> tuple[FrozenTower, ShardedMarginSoftmax]:
     torch.manual_seed(0)
     architecture = ModelConfig(dim=8, concepts=2, concept_dim=8, heads=2)
     towers = Towers(architecture, IMAGE_WIDTH, TEXT_WIDTH)
@@ -73,19 +94,7 @@ def make_trainer(
         towers.fit_features(torch.randn(50, IMAGE_WIDTH) + 1)
     head = ShardedMarginSoftmax(architecture.dim, CLASSES, margin=0.2, scale=scale)
     head.reset(0)
-    config = TrainConfig(
-        zero_stage=zero_stage,
-        precision=precision,
-        batch_size=12,
-        micro_batch=micro_batch,
-        tower_lr=0.02,
-        classifier_lr=0.05,
-        warmup=0.3,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        if zero_stage == 3:  # cut them all: as it comes, parameters as small as these are kept whole
-            patch.setattr(engine, "_deepspeed_config", cutting_all(engine._deepspeed_config))
-        return engine.HybridTrainer(FrozenTower(towers).to(device), head.to(device), config, STEPS)
+    return FrozenTower(towers), head
 
 
 def cutting_all(known: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
@@ -225,6 +234,40 @@ def test_two_processes_equal_one(runs: Path, mode: str) -> None:
     assert_equal(read(runs, f"{mode}-whole-2"), read(runs, f"{mode}-whole-1"), 1e-5)
     plain = "zero0-clipped" if MODES[mode][2] > 1 else "zero0"
     assert_equal(read(runs, f"{mode}-whole-2"), read(runs, f"{plain}-whole-1"), 1e-5)
+
+
+def plainly() -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses and weights of towers and classes that torch clips together, in this process."""
+    tower, head = make_model(8.0)
+    towers = {name: parameter for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    config = TrainConfig(**LEARNING)
+    adam = torch.optim.AdamW(towers.values(), weight_decay=config.weight_decay)
+    rows = RowAdam(head.weight, 0.0, config.weight_decay)
+    held = head.optimizer = HeldGradients(rows)
+    losses = []
+    for step in range(STEPS):
+        factor = learning_rate_factor(step, STEPS, config.warmup)
+        adam.param_groups[0]["lr"], rows.lr = config.tower_lr * factor, config.classifier_lr * factor
+        adam.zero_grad()
+        batch = part_of(step, 1, 0)
+        loss = head(tower(batch, branches=True), batch.targets_by_branch(config.branch_weight))
+        loss.backward()
+        stand_ins = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in held.gradients()]
+        for stand_in, gradient in zip(stand_ins, held.gradients(), strict=True):
+            stand_in.grad = gradient
+        assert torch.nn.utils.clip_grad_norm_([*towers.values(), *stand_ins], 1.0) > 1
+        adam.step()
+        held.step()
+        losses.append(float(loss.detach()))
+    return losses, {name: value.detach() for name, value in towers.items()} | {"classes.weight": head.weight}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode.endswith("together")])
+def test_towers_and_classes_are_clipped_together(runs: Path, mode: str, world: int) -> None:
+    losses, weights = plainly()
+    found = read(runs, f"{mode}-whole-{world}")
+    assert_equal((found[0], {name: found[1][name] for name in weights}), (losses, weights), 1e-5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")

@@ -1,7 +1,7 @@
 """The towers in a DeepSpeed engine beside the class-sharded softmax, which keeps its own optimizer.
 
 ZeRO averages gradients over the workers; the classes of a worker are its own and must not be averaged. They are stepped
-in the backward pass.
+in the backward pass, or after it, where gradients of towers and classes are clipped together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
+from mixer.held_gradients import HeldGradients
 from mixer.row_adam import RowAdam
 from mixer.sampling import learning_rate_factor
 from mixer.softmax import ShardedMarginSoftmax
@@ -23,6 +25,7 @@ from mixer_platform.config import TrainConfig
 from mixer_platform.train.stopwatch import Stopwatch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+CLIP_NORM = 1.0
 _MOST_IN_BUCKET = 500_000_000  # gradients that travel together; DeepSpeed's default
 
 
@@ -42,7 +45,9 @@ class HybridTrainer:
         )
         if config.zero_stage:
             self._make_moments()
-        self._rows = head.optimizer = RowAdam(head.weight, config.classifier_lr, config.weight_decay)
+        self._rows = RowAdam(head.weight, config.classifier_lr, config.weight_decay)
+        self._held = HeldGradients(self._rows) if config.clip_classes else None
+        head.optimizer = self._held or self._rows
         self.step_count = 0
         self.watch = Stopwatch(head.weight.device)
         head.lap = self.watch.lap
@@ -57,6 +62,10 @@ class HybridTrainer:
         self._set_learning_rates()
         self.head.begin_step(self.config.seed, self.step_count)
         loss = self._learn(batch) if self._parts == 1 else self._learn_in_parts(batch.parts(self._parts))
+        if self._held:
+            self._clip_together(self._held)
+            self._held.step()
+            self.watch.lap("softmax")
         self.engine.step()
         self.step_count += 1
         self.watch.lap("towers")
@@ -99,6 +108,25 @@ class HybridTrainer:
             self.watch.lap("towers")
             self.engine.allreduce_gradients()
             self.watch.lap("communication")
+
+    def _clip_together(self, held: HeldGradients) -> None:
+        """Scale the gradients of towers and classes, so that their norm over all workers is at most 1."""
+        towers, classes = self._tower_gradients(), held.gradients()
+        whole_here = self.config.zero_stage == 0 and self.head.rank > 0  # then the first worker counts them
+        square = get_total_norm(classes if whole_here else [*towers, *classes]).square().to(self.head.weight.device)
+        self.watch.lap("towers")
+        if self.head.world > 1:
+            dist.all_reduce(square, group=self.head.group)
+            self.watch.lap("communication")
+        excess = (square.sqrt() / CLIP_NORM).clamp_min(1)
+        for gradient in (*towers, *classes):
+            gradient.div_(excess)
+
+    def _tower_gradients(self) -> list[Tensor]:
+        """Return the gradients that the next step takes: of ZeRO's partitions this worker's."""
+        if self.config.zero_stage == 0:
+            return [parameter.grad for _, parameter in self._trained() if parameter.grad is not None]
+        return [gradient for group in self.engine.optimizer.averaged_gradients.values() for gradient in group]
 
     def _back_from_softmax(self, gradient: Tensor) -> Tensor:
         """Return the embeddings' gradient as ZeRO wants it: it will divide it by the number of workers, but the loss
@@ -178,7 +206,7 @@ class HybridTrainer:
         A stage's classes may take most of the memory, which the next stage needs for its own.
         """
         weight = self.head_state()["weight"]
-        del self._rows, self.head
+        del self._rows, self._held, self.head
         return weight
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
@@ -247,7 +275,7 @@ def _deepspeed_config(config: TrainConfig, world: int, trained: int) -> dict[str
             "stage": config.zero_stage,
             "reduce_bucket_size": min(trained, _MOST_IN_BUCKET),  # stage 3 makes all of it at once, for good
         },
-        "gradient_clipping": 1.0,  # of the towers' norm, over all workers; DeepSpeed's default, said aloud
+        "gradient_clipping": CLIP_NORM,  # of the towers' norm, over all workers
         "zero_allow_untested_optimizer": True,
         # Autocast, not DeepSpeed's bf16: that casts the parameters but not the buffers, and then they do not multiply.
         "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
