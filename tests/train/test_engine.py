@@ -30,7 +30,7 @@ from mixer_platform.train.checkpoints import Checkpoints, name_of
 
 STEPS, CLASSES, PHOTOS, ITEMS = 6, 7, 10, 8
 IMAGE_WIDTH, TEXT_WIDTH = 12, 8
-# ZeRO stage, precision, the softmax's scale and, perhaps, the samples embedded at a time and whether classes are clipped.
+# ZeRO stage, precision, the softmax's scale and, perhaps, how many are embedded at a time and if classes are clipped.
 # A small scale keeps gradients below the clipping norm, which would hide a wrong factor; a large one has them clipped.
 MODES: dict[str, tuple[Any, ...]] = {
     "zero0": (0, "fp32", 0.5),
