@@ -17,7 +17,7 @@ class HeldGradients:
     def __init__(self, optimizer: RowOptimizer) -> None:
         self._optimizer = optimizer
         self._rows: Rows | None = None
-        self._parts: list[tuple[slice, Tensor]] = []
+        self._held: list[tuple[slice, Tensor]] = []
 
     def draw(self, index: Tensor | None) -> Rows:
         """Return the classes `index` as they are now; None for all."""
@@ -25,7 +25,7 @@ class HeldGradients:
 
     def update(self, rows: Rows, part: slice, gradient: Tensor) -> None:
         """Keep the gradient of a part of the rows."""
-        self._parts.append((part, gradient))
+        self._held.append((part, gradient))
 
     def commit(self, rows: Rows) -> None:
         """End the backward pass."""
@@ -33,12 +33,12 @@ class HeldGradients:
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients that are kept, to be changed in place."""
-        return [gradient for _, gradient in self._parts]
+        return [gradient for _, gradient in self._held]
 
     def step(self) -> None:
         """Step the classes with the gradients that are kept, and give these up."""
         assert self._rows is not None, "a backward pass comes before a step"
-        for part, gradient in self._parts:
+        for part, gradient in self._held:
             self._optimizer.update(self._rows, part, gradient)
         self._optimizer.commit(self._rows)
-        self._rows, self._parts = None, []
+        self._rows, self._held = None, []

@@ -61,8 +61,8 @@ class RowAdam:
         self._draws = 0
         self.step_count = 0
         # Per step since `settle`: what a row last drawn in it has been multiplied by since, and how far it has
-        # drifted, in multiples of exp_avg / sqrt(exp_avg_sq). `_drawn` is the place of each row's last step in them.
-        self._drawn = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
+        # drifted, in multiples of exp_avg / sqrt(exp_avg_sq). `_last_step`: the place of each row's last step in them.
+        self._last_step = torch.zeros(len(weight), dtype=torch.int32, device=weight.device)
         self._ratio: Tensor
         self._decay: Tensor
         self._drift: Tensor
@@ -111,7 +111,7 @@ class RowAdam:
         self._drift = self._drift * (1 - self.lr * self.weight_decay) + self.lr * correction * self._ratio
         self._ratio, self._decay = (torch.cat([part, part.new_ones(1)]) for part in (self._ratio, self._decay))
         self._drift = torch.cat([self._drift, self._drift.new_zeros(1)])
-        self._drawn[rows.index] = len(self._decay) - 1
+        self._last_step[rows.index] = len(self._decay) - 1
         if len(self._decay) > _MOST_STEPS:  # what is kept of each step takes time too
             self.settle()
 
@@ -153,7 +153,7 @@ class RowAdam:
         for whole, copy in zip(self._parts(), copies, strict=True):
             torch.index_select(whole, 0, index, out=copy)
         weight, exp_avg, exp_avg_sq = copies
-        last = self._drawn[index].long()
+        last = self._last_step[index].long()
         missed = (len(self._decay) - 1 - last).to(weight.dtype)
         root = exp_avg_sq.sqrt()
         drift = torch.where(root > 0, self._drift[last].to(weight.dtype) / root, 0)
@@ -172,6 +172,6 @@ class RowAdam:
 
     def _forget(self) -> None:
         """Begin the tables anew: every row is up to date."""
-        self._drawn.zero_()
+        self._last_step.zero_()
         one = torch.ones(1, dtype=torch.float64, device=self.weight.device)
         self._ratio, self._decay, self._drift = one, one.clone(), torch.zeros_like(one)

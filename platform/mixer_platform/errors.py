@@ -40,6 +40,10 @@ class VersionError(MixerError):
     """Two derived things do not belong together, such as an index and a model that did not write it."""
 
 
+class TrainingError(MixerError):
+    """A model that learns no more, such as one whose loss is no number; what was written before is as it was."""
+
+
 class WishError(MixerError):
     """No index reaches the recall, memory or latency that was asked for; nothing was published."""
 

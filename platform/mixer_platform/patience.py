@@ -16,7 +16,8 @@ _log = logging.getLogger(__name__)
 
 
 def patiently(action: Callable[P, R], patience_s: float = PATIENCE_S) -> Callable[P, R]:
-    """Return `action`, tried again for `patience_s` seconds while the storage fails; then its StorageError is raised.
+    """Return `action`, tried again for `patience_s` seconds while the storage fails; then its StorageError is raised,
+    or the OSError that Arrow has for the same.
 
     What is missing, or was published by somebody else, is raised at once: no other try would change it.
     """
@@ -26,9 +27,9 @@ def patiently(action: Callable[P, R], patience_s: float = PATIENCE_S) -> Callabl
         while True:
             try:
                 return action(*arguments, **named)
-            except (MissingError, ConflictError):
+            except (MissingError, ConflictError, FileNotFoundError):
                 raise
-            except StorageError as error:
+            except (StorageError, OSError) as error:
                 if time.monotonic() - began > patience_s:
                     raise
                 _log.warning("%s; trying again in %.1f s", error, wait)

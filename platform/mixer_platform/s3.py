@@ -159,7 +159,8 @@ class S3Storage:
         except ClientError as error:
             code = error.response["Error"]["Code"]
             reason = {"404": "the bucket does not exist: create it", "403": "access denied: check the credentials"}
-            raise StorageError(f"s3://{self.bucket}: {reason.get(code, str(error))}") from error
+            kind = MissingError if code in reason else StorageError
+            raise kind(f"s3://{self.bucket}: {reason.get(code, str(error))}") from error
         except BotoCoreError as error:
             raise StorageError(f"s3://{self.bucket}: {error}") from error
 

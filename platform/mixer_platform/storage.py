@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -18,6 +19,7 @@ import pyarrow.fs
 from mixer_platform.errors import MissingError, published_already
 from mixer_platform.s3 import S3Storage, local_errors, staged
 
+_GONE = {errno.ENOENT, errno.ENOTDIR}
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]+://")
 
 
@@ -123,25 +125,21 @@ class LocalStorage:
         _copy(self.root / key, path)
 
     def modified(self, prefix: str) -> float | None:
-        times = []
-        for folder, _, names in os.walk(self.root / prefix):
-            for name in names:
-                with suppress(FileNotFoundError):  # it was being written, and now has its name
-                    times.append(os.stat(os.path.join(folder, name)).st_mtime)
-        return max(times, default=None)
+        return max((stat.st_mtime for _, stat in self._files(prefix)), default=None)
 
     def list(self, prefix: str) -> dict[str, str]:
-        folder = self.root / prefix
-        files = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
-        return {str(path.relative_to(self.root)): file_tag(path) for path in files}
+        visible = [(path, stat) for path, stat in self._files(prefix) if not path.name.startswith(".")]
+        return {str(path.relative_to(self.root)): _tag_of(stat) for path, stat in sorted(visible)}
 
     def folders(self, prefix: str) -> Sequence[str]:
         folder = self.root / prefix
-        return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        with local_errors(str(folder)):
+            return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
     def tag(self, key: str) -> str | None:
         path = self.root / key
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        with local_errors(str(path)):
+            return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
     def publish(self, key: str, data: bytes, replaces: str | None) -> None:
         with local_errors(self.path(key)), self._locked(key), staged(self.root / key) as file:
@@ -150,14 +148,29 @@ class LocalStorage:
             file.write(data)
 
     def delete(self, prefix: str) -> None:
-        for key in self.list(prefix):
-            (self.root / key).unlink(missing_ok=True)
+        with local_errors(self.path(prefix)):
+            for key in self.list(prefix):
+                (self.root / key).unlink(missing_ok=True)
         # What is left is nobody's: locks, what a killed run had staged, and folders.
         for path in sorted((self.root / prefix).rglob("*"), reverse=True):
             with suppress(OSError):
                 path.rmdir() if path.is_dir() else path.unlink()
         with suppress(OSError):
             (self.root / prefix).rmdir()
+
+    def _files(self, prefix: str) -> Iterator[tuple[Path, os.stat_result]]:
+        """Yield every file below a folder, none if there is no such folder; what goes meanwhile is passed over."""
+
+        def failed(error: OSError) -> None:
+            if error.errno not in _GONE:
+                raise error
+
+        with local_errors(self.path(prefix)):
+            for folder, _, names in os.walk(self.root / prefix, onerror=failed):
+                for name in names:
+                    path = Path(folder, name)
+                    with suppress(FileNotFoundError):  # it was being written, and now has its name
+                        yield path, path.stat()
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:
@@ -180,5 +193,8 @@ def _not_read(uri: str) -> MissingError:
 
 def file_tag(path: Path) -> str:
     """Return what changes when a file of this machine does. Raises OSError."""
-    stat = path.stat()
+    return _tag_of(path.stat())
+
+
+def _tag_of(stat: os.stat_result) -> str:
     return f"{stat.st_size}-{stat.st_mtime_ns}"

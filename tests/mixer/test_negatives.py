@@ -53,10 +53,13 @@ def test_nothing_merges_with_anything() -> None:
     assert torch.equal(merged(some, nothing), some)
 
 
-@pytest.mark.parametrize(("classes", "found"), [(300, 1.0), (25_000, 0.8)])
-def test_the_nearest_classes_are_found(classes: int, found: float) -> None:
+@pytest.mark.parametrize(("classes", "dim", "found"), [(300, 64, 1.0), (25_000, 64, 0.7), (25_000, 33, 0.7)])
+def test_the_nearest_classes_are_found(classes: int, dim: int, found: float) -> None:
+    """They lie in groups, as things that look alike do."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(classes, 8, generator=generator) * (0.1 + torch.rand(classes, 1, generator=generator))
+    groups = torch.randn(classes // 20, dim, generator=generator).repeat_interleave(20, 0)
+    directions = groups + 0.9 * torch.randn(classes // 20 * 20, dim, generator=generator)
+    weight = directions * (0.1 + torch.rand(len(directions), 1, generator=generator))
     queries = F.normalize(weight[:20] + 0.01, dim=1)
     nearest = NearestClasses(3, 10)
     nearest.refresh(0, lambda: weight)

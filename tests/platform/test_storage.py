@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -237,6 +238,32 @@ def test_a_full_disk_leaves_the_old_bytes_and_no_litter(
     said, kept, names = json.loads(done.stdout)
     assert said == [f"{small}/f/key: {reason}"] * 5
     assert (kept, names) == ("old", [".key.lock", "key"])
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, StorageError), (errno.EACCES, MissingError)])
+@pytest.mark.parametrize("look", [LocalStorage.list, LocalStorage.modified, LocalStorage.folders, LocalStorage.delete])
+def test_a_folder_that_cannot_be_looked_into_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, look: Callable, number: int, kind: type[StorageError]
+) -> None:
+    """A run that took it for one would begin anew."""
+    storage = LocalStorage(str(tmp_path))
+    storage.write("runs/r/state.json", b"{}")
+
+    def broken(folder: object) -> None:
+        raise OSError(number, os.strerror(number), str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", broken)
+        patch.setattr(os, "listdir", broken)
+        with pytest.raises(StorageError, match=f"{tmp_path}/runs: {os.strerror(number)}") as caught:
+            look(storage, "runs")
+    assert type(caught.value) is kind
+    assert list(storage.list("runs")) == ["runs/r/state.json"]
+
+
+def test_a_key_that_cannot_be_looked_at_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"xxx: File name too long"):
+        LocalStorage(str(tmp_path)).tag("x" * 300)
 
 
 def test_arrow_reads_what_storage_wrote_and_the_reverse(storage: Storage) -> None:

@@ -76,15 +76,15 @@ class Checkpoints:
         for key in sorted(visible)[:-keep]:
             self._patiently(self.storage.delete, key.removesuffix(f"/{STATE}"))
 
-    def write_targets(self, round_: int, targets: Targets) -> None:
-        """Write what a round learns from; one worker does."""
+    def write_targets(self, stage: int, targets: Targets) -> None:
+        """Write what a stage learns from; one worker does."""
         parts = {"classes": targets.classes, "evidence": targets.evidence}
         parts |= {"others": targets.others, "weights": targets.weights}
-        self._write(self._targets(round_), save({name: part.contiguous() for name, part in parts.items()}))
+        self._write(self._targets(stage), save({name: part.contiguous() for name, part in parts.items()}))
 
-    def read_targets(self, round_: int) -> Targets:
+    def read_targets(self, stage: int) -> Targets:
         """Return what `write_targets` wrote."""
-        return Targets(**load(self._patiently(self.storage.read, self._targets(round_))))
+        return Targets(**load(self._patiently(self.storage.read, self._targets(stage))))
 
     def write_kept(self, kept: np.ndarray) -> None:
         """Write which class of the model that a run starts from each class goes on from; before the workers read."""
@@ -121,8 +121,8 @@ class Checkpoints:
         """Return the keys of what `write_classes` wrote, in order of classes."""
         return sorted(self._patiently(self.storage.list, f"{self.folder}/{name}/classifier"))
 
-    def _targets(self, round_: int) -> str:
-        return f"{self.folder}/targets-{round_}.safetensors"
+    def _targets(self, stage: int) -> str:
+        return f"{self.folder}/targets-{stage}.safetensors"
 
     def _write(self, key: str, data: bytes) -> None:
         self._patiently(self.storage.write, key, data)

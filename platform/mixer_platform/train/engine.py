@@ -22,6 +22,7 @@ from mixer.softmax import ShardedMarginSoftmax
 from mixer.targets import Targets, concatenate
 from mixer.training import Batch
 from mixer_platform.config import TrainConfig
+from mixer_platform.errors import TrainingError
 from mixer_platform.train.stopwatch import Stopwatch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -55,13 +56,20 @@ class HybridTrainer:
         self._sends_apart = config.zero_stage < 2
         self.engine.enable_backward_allreduce = not self._sends_apart
         whole = -(-config.batch_size // head.world)
-        self._parts = -(-whole // min(config.micro_batch or whole, whole))
+        self._micro_batches = -(-whole // min(config.micro_batch or whole, whole))
 
     def step(self, batch: Batch) -> float:
-        """Learn from one global batch of which `batch` is this worker's part; return the global loss."""
+        """Learn from one global batch of which `batch` is this worker's part; return the global loss.
+
+        Raises TrainingError on every worker if it is no number.
+        """
         self._set_learning_rates()
         self.head.begin_step(self.config.seed, self.step_count)
-        loss = self._learn(batch) if self._parts == 1 else self._learn_in_parts(batch.parts(self._parts))
+        loss = (
+            self._learn(batch) if self._micro_batches == 1 else self._learn_in_parts(batch.parts(self._micro_batches))
+        )
+        if not loss.isfinite():
+            raise self._diverged(f"the loss is {float(loss)}")
         if self._held:
             self._clip_together(self._held)
             self._held.step()
@@ -112,15 +120,24 @@ class HybridTrainer:
     def _clip_together(self, held: HeldGradients) -> None:
         """Scale the gradients of towers and classes, so that their norm over all workers is at most 1."""
         towers, classes = self._tower_gradients(), held.gradients()
-        whole_here = self.config.zero_stage == 0 and self.head.rank > 0  # then the first worker counts them
-        square = get_total_norm(classes if whole_here else [*towers, *classes]).square().to(self.head.weight.device)
+        counted_elsewhere = self.config.zero_stage == 0 and self.head.rank > 0  # every worker has the same
+        counted = classes if counted_elsewhere else [*towers, *classes]
+        square = get_total_norm(counted).square().to(self.head.weight.device)
         self.watch.lap("towers")
         if self.head.world > 1:
             dist.all_reduce(square, group=self.head.group)
             self.watch.lap("communication")
+        if not square.isfinite():
+            raise self._diverged(f"the norm of the gradient is {float(square.sqrt())}")
         excess = (square.sqrt() / CLIP_NORM).clamp_min(1)
         for gradient in (*towers, *classes):
             gradient.div_(excess)
+
+    def _diverged(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"step {self.step_count}: {what}; lower train.tower_lr, train.classifier_lr or train.fine_tune.encoder_lr, "
+            "or set train.precision=fp32; the last checkpoint and all models are as they were"
+        )
 
     def _tower_gradients(self) -> list[Tensor]:
         """Return the gradients that the next step takes: of ZeRO's partitions this worker's."""
@@ -141,8 +158,13 @@ class HybridTrainer:
         self._rows.lr = self.config.classifier_lr * factor
 
     def tower_state(self) -> dict[str, Tensor]:
-        """Return the buffers and every trained parameter with its moments, whole and in fp32; a collective call."""
+        """Return the buffers and every trained parameter with its moments, whole and in fp32; a collective call.
+
+        Raises TrainingError on every worker if some are no numbers: nobody may go on from them.
+        """
         state = self.trained_state()
+        if broken := next((name for name, values in state.items() if not values.isfinite().all()), None):
+            raise self._diverged(f"{broken} is not finite")
         for name, parameter in self._trained():
             for moment in MOMENTS:
                 state[f"{moment}:{name}"] = _whole(parameter, moment, self.engine)

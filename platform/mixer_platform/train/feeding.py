@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 
 from mixer.sampling import EpochPlan, plan_epoch
 from mixer.training import Batch
+from mixer_platform.patience import patiently
 from mixer_platform.train.features import FeatureSamples
 from mixer_platform.train.pictures import PictureSamples
 
@@ -107,7 +108,7 @@ class BatchMaker:
 
     def __init__(self, source: tuple[Any, ...], schedule: Schedule) -> None:
         """`source` is that of the worker's `PictureSamples`."""
-        self._samples, self._schedule, self._epoch = PictureSamples(*source), schedule, -1
+        self._samples, self._schedule, self._epoch = patiently(PictureSamples)(*source), schedule, -1
 
     def __call__(self, places: pa.Table) -> pa.Table:
         epoch, batch = places["epoch"][0].as_py(), places["batch"][0].as_py()

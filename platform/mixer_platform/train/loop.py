@@ -18,6 +18,7 @@ from mixer.sampling import class_chances
 from mixer.targets import Targets
 from mixer.training import Batch
 from mixer_platform.config import TrainConfig
+from mixer_platform.patience import patiently
 from mixer_platform.storage import open_storage
 from mixer_platform.train.checkpoints import Checkpoints, name_of
 from mixer_platform.train.engine import HybridTrainer
@@ -42,7 +43,7 @@ def train_worker(job: dict[str, Any]) -> None:
     Every worker calls this at once; what differs is only its rank.
     """
     config = TrainConfig.model_validate(job["train"])
-    checkpoints = Checkpoints(open_storage(job["workspace"]), job["run"])
+    checkpoints = Checkpoints(patiently(open_storage)(job["workspace"]), job["run"])
     rank = dist.get_rank()
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))

@@ -20,7 +20,7 @@ from mixer_platform.patience import patiently
 from mixer_platform.storage import open_storage, read_uri
 from mixer_platform.train.labels import in_training_order, read_labels
 
-_THREADS = 4
+_LEAST_THREADS = 4  # also of a worker with one CPU: while one waits for the storage, others decode
 
 
 def read_picture(uri: str) -> Image.Image:
@@ -35,8 +35,10 @@ def read_picture(uri: str) -> Image.Image:
 class PictureSamples:
     """The samples of a run by their pictures, photos first; gives batches to a `WholeModel`."""
 
-    def __init__(self, uri: str, version: str, preprocess: ImagePreprocess, tokenizer: Tokenizer, seed: int) -> None:
-        """`uri` is the workspace's, `version` that of samples/."""
+    def __init__(
+        self, uri: str, version: str, preprocess: ImagePreprocess, tokenizer: Tokenizer, seed: int, threads: int = 0
+    ) -> None:
+        """`uri` is the workspace's, `version` that of samples/. At least four threads read and decode."""
         self.source, storage = (uri, version, preprocess, tokenizer, seed), open_storage(uri)
         rows = pq.read_table(storage.path(f"samples/{version}/train"), filesystem=storage.filesystem)
         rows = in_training_order(rows)
@@ -45,7 +47,7 @@ class PictureSamples:
         self._images, self._texts = rows["image"].to_pylist(), rows["text"].to_pylist()
         self._preprocess, self._tokenizer = preprocess, tokenizer
         self.views = np.iinfo(np.int32).max  # as many as are asked for
-        self._seed, self._threads = seed, ThreadPoolExecutor(_THREADS)
+        self._seed, self._threads = seed, ThreadPoolExecutor(max(_LEAST_THREADS, threads))
 
     def batch(self, rows: np.ndarray, plan: EpochPlan) -> Batch:
         """Return the batch of these samples: view 0 is the picture as it is, any other number an augmented one."""

@@ -45,8 +45,8 @@ def stage_of(config: TrainConfig, epoch: int) -> int:
 def read_samples(job: dict[str, Any], config: TrainConfig) -> Samples:
     """Return the samples of a run as cached features of the frozen encoder."""
     architecture = ModelConfig.model_validate(job["model"])
-    storage = open_storage(job["workspace"])
-    samples = FeatureSamples(storage, job["features"], tuple(job["widths"]), config.views, architecture.max_tokens)
+    storage, widths = patiently(open_storage)(job["workspace"]), tuple(job["widths"])
+    samples = patiently(FeatureSamples)(storage, job["features"], widths, config.views, architecture.max_tokens)
     if config.neighbours:
         samples.pool_evidence(job["classes"], config.neighbours)
     return samples
@@ -55,9 +55,13 @@ def read_samples(job: dict[str, Any], config: TrainConfig) -> Samples:
 def with_pictures(job: dict[str, Any], samples: Samples) -> PictureSamples:
     """Return the same samples and targets, as pictures."""
     architecture = ModelConfig.model_validate(job["model"])
-    model, seed = MixerModel(architecture), job["train"]["seed"]
+    config, model = TrainConfig.model_validate(job["train"]), MixerModel(architecture)
     preprocess, tokenizer = model.image_encoder.preprocess, model.text_encoder.tokenizer
-    pictures = PictureSamples(job["workspace"], job["samples"], preprocess, tokenizer, seed)
+    source, threads = (
+        (job["workspace"], job["samples"], preprocess, tokenizer, config.seed),
+        int(config.cpus_per_worker),
+    )
+    pictures = patiently(PictureSamples)(*source, threads)
     pictures.targets = samples.targets
     return pictures
 
@@ -95,7 +99,7 @@ def new_trainer(
 
     The model is the one that the run starts from, or what the trainer `before`, which this ends, has made of it.
     """
-    architecture, storage = ModelConfig.model_validate(job["model"]), open_storage(job["workspace"])
+    architecture, storage = ModelConfig.model_validate(job["model"]), patiently(open_storage)(job["workspace"])
     torch.manual_seed(config.seed)
     tower: FrozenTower | WholeModel
     if isinstance(samples, PictureSamples):
@@ -139,7 +143,7 @@ def start_classes(
 ) -> None:
     """Give the classes that are kept their rows of the model that the run starts from, if it does from one, and the new
     ones the mean of their samples among `rows`, as that model embeds them. A collective call."""
-    config, head, storage = trainer.config, trainer.head, open_storage(job["workspace"])
+    config, head, storage = trainer.config, trainer.head, patiently(open_storage)(job["workspace"])
     if not config.start:
         return
     kept = Checkpoints(storage, job["run"]).read_kept()

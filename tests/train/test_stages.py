@@ -1,0 +1,32 @@
+"""A stage that begins while the storage is away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mixer.config import ModelConfig
+from mixer_platform.config import TrainConfig
+from mixer_platform.storage import open_storage
+from mixer_platform.train.stages import read_samples, with_pictures
+from tests.flaky import Flaky
+
+
+@pytest.mark.parametrize("requests", ["^HEAD", "^GET"])
+def test_samples_are_waited_for(
+    cached: Path, architecture: ModelConfig, s3: str, flaky: Flaky, monkeypatch: pytest.MonkeyPatch, requests: str
+) -> None:
+    storage, local = open_storage(f"s3://{s3}/shop"), open_storage(str(cached))
+    for key in local.list(""):
+        storage.upload(key, cached / key)
+    config = TrainConfig(views=2, neighbours=0)
+    job = {"workspace": storage.uri, "samples": "v1", "widths": [16, 16], "classes": 3}
+    job |= {"features": local.folders("features")[0], "model": architecture.model_dump(), "train": config.model_dump()}
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client gives up at once
+    flaky.fail("unavailable", 3, requests)
+    samples = read_samples(job, config)
+    assert (len(samples.photos), len(samples.labels)) == (12, 18)
+    flaky.fail("unavailable", 3, requests)
+    assert len(with_pictures(job, samples).labels) == 18
+    assert flaky.failed == 3
