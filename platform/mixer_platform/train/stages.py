@@ -57,11 +57,8 @@ def with_pictures(job: dict[str, Any], samples: Samples) -> PictureSamples:
     architecture = ModelConfig.model_validate(job["model"])
     config, model = TrainConfig.model_validate(job["train"]), MixerModel(architecture)
     preprocess, tokenizer = model.image_encoder.preprocess, model.text_encoder.tokenizer
-    source, threads = (
-        (job["workspace"], job["samples"], preprocess, tokenizer, config.seed),
-        int(config.cpus_per_worker),
-    )
-    pictures = patiently(PictureSamples)(*source, threads)
+    source = (job["workspace"], job["samples"], preprocess, tokenizer, config.seed)
+    pictures = patiently(PictureSamples)(*source, threads=int(config.cpus_per_worker))
     pictures.targets = samples.targets
     return pictures
 
