@@ -1,13 +1,14 @@
 """What the platform costs: an epoch of the product's trainer beside a bare loop over the same model and batches.
 
-    .venv/bin/python benchmarks/training.py --data FOLDER [--epochs 12] [--fine-tune 1]
+    .venv/bin/python benchmarks/training.py --data FOLDER [--epochs 12] [--turns 2]
 
 The bare loop has the same towers, classifier, optimizers and number of threads in one process that keeps what it frees,
 as the trainer's workers do, and its batches wait in memory; the trainer is the train job with one worker: Ray Train,
-DeepSpeed, batches made anew, a checkpoint an epoch. Seconds are the median of the epochs but the first; of fine-tuning,
-the second of two in the trainer, for the first makes the model, and one of the bare loop, whose pictures are decoded
-before. The same trainer with two workers of one thread tells what a second one brings. Prints a table and, as its last
-line, one JSON object. FOLDER as in quality.py.
+DeepSpeed, batches made anew, a checkpoint an epoch. Seconds are the median of the epochs but the first. Fine-tuning
+takes minutes an epoch, in which machines drift, so the two take turns: the bare loop over pictures decoded before, the
+trainer's second of two epochs, for its first makes the model, and so on; each of the trainer's is compared with the
+mean of the bare ones before and after it. The same trainer with two workers of one thread tells what a second one
+brings. Prints a table and, as its last line, one JSON object. FOLDER as in quality.py.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from learning import Bench, shared_evidence
 from quality import CONFIG, prepare_bench
@@ -42,7 +44,7 @@ from mixer_platform.train.job import KEEP_FREED_MEMORY, train
 from mixer_platform.train.pictures import PictureSamples
 
 
-def trained(bench: Bench, workers: int, epochs: int, fine_tune: int, precision: str) -> list[float]:
+def trained(bench: Bench, workers: int, epochs: int, fine_tune: int, precision: str, seed: int = 0) -> list[float]:
     """Run the train job; return the seconds of each epoch."""
     overrides = {
         "train.epochs": epochs + workers,  # or the run of another number of workers would be taken for this one
@@ -51,6 +53,7 @@ def trained(bench: Bench, workers: int, epochs: int, fine_tune: int, precision: 
         "train.workers": workers,
         "train.cpus_per_worker": 0.5,  # of what Ray gives out; a worker has one thread
         "train.holdout": 0,
+        "train.seed": seed,
     }
     paths = [f"data={bench.config.data}", f"workspace={bench.config.workspace}"]
     report = train(load_config(CONFIG, paths + [f"{key}={value}" for key, value in overrides.items()]))
@@ -94,11 +97,10 @@ def frozen_seconds(bench: Bench, epochs: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def fine_tuned_seconds(bench: Bench) -> float:
-    """Return an epoch of the bare loop over pictures, with the image encoder's last blocks."""
+def bare_fine_tuning(bench: Bench) -> Callable[[], float]:
+    """Return an epoch of the bare loop over pictures decoded before, with the image encoder's last blocks."""
     tuning = bench.config.train.fine_tune
-    settings = {"precision": "bf16", "batch_size": tuning.batch_size}
-    config = bench.config.train.model_copy(update=settings)
+    config = bench.config.train.model_copy(update={"precision": "bf16", "batch_size": tuning.batch_size})
     model = MixerModel(bench.config.model)
     model.image_encoder.train_from(tuning.from_block)
     storage = open_storage(bench.config.workspace)
@@ -107,20 +109,31 @@ def fine_tuned_seconds(bench: Bench) -> float:
     pictures = PictureSamples(bench.config.workspace, version, preprocess, tokenizer, 0)
     pictures.targets = bench.samples.targets
     plan = plan_epoch(len(pictures.labels), pictures.views, 0, 0, config.text_dropout, config.image_dropout)
-    batches = list(decoded(pictures, plan.batches(config.batch_size, 1, 0), plan))
-    return bare_epoch(WholeModel(model), new_head(bench, config), config, batches)
+    batches = [pictures.batch(part, plan) for part in plan.batches(config.batch_size, 1, 0)]
+    return partial(bare_epoch, WholeModel(model), new_head(bench, config), config, batches)
 
 
-def decoded(pictures: PictureSamples, parts: list[np.ndarray], plan: Any) -> Iterator[Batch]:
-    for part in parts:
-        yield pictures.batch(part, plan)
+def fine_tuning_in_turns(bench: Bench, epochs: int, turns: int) -> dict[str, float]:
+    """Return the mean seconds of an epoch and the mean ratio of the trainer's to the bare ones around it."""
+    bare_epoch_again = bare_fine_tuning(bench)
+    bare, trainer = [bare_epoch_again()], []
+    for turn in range(turns):
+        trainer.append(trained(bench, 1, epochs, 2, "bf16", seed=turn)[-1])
+        bare.append(bare_epoch_again())
+        print(f"turn {turn}: bare {bare[-2]:.1f} s, trainer {trainer[-1]:.1f} s, bare {bare[-1]:.1f} s", flush=True)
+    ratios = [mine / statistics.mean(around) for mine, around in zip(trainer, pairwise(bare), strict=True)]
+    return {
+        "tuned_bare": statistics.mean(bare),
+        "tuned_trainer": statistics.mean(trainer),
+        "trainer_over_bare_fine_tuning": statistics.mean(ratios),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--fine-tune", type=int, choices=(0, 1), default=1, help="0: leave those rows out")
+    parser.add_argument("--turns", type=int, default=2, help="of fine-tuning; 0: leave it out")
     parser.add_argument("--workspace", help="where samples and features go; default: a temporary folder")
     arguments = parser.parse_args()
     if not KEEP_FREED_MEMORY.items() <= os.environ.items():  # read when a process starts
@@ -133,15 +146,13 @@ def main() -> None:
         for workers, name in ((1, "frozen_trainer"), (2, "frozen_trainer_2")):
             seconds = trained(bench, workers, arguments.epochs, 0, "fp32")
             found[name] = statistics.median(seconds[1:])
-        if arguments.fine_tune:
-            found["tuned_bare"] = fine_tuned_seconds(bench)
-            found["tuned_trainer"] = trained(bench, 1, 2, 2, "bf16")[-1]
-    for name, value in found.items():
-        print(f"{name:20}{value:10.2f} s an epoch of {len(bench.everything):,} samples")
+        tuning = fine_tuning_in_turns(bench, arguments.epochs, arguments.turns) if arguments.turns else {}
     ratios = {"trainer_over_bare": found["frozen_trainer"] / found["frozen_bare"]}
     ratios["speedup_2_workers"] = found["frozen_trainer"] / found["frozen_trainer_2"]
-    if arguments.fine_tune:
-        ratios["trainer_over_bare_fine_tuning"] = found["tuned_trainer"] / found["tuned_bare"]
+    found |= tuning
+    for name, value in found.items():
+        unit = "" if "over" in name else f"s an epoch of {len(bench.everything):,} samples"
+        print(f"{name:30}{value:10.2f} {unit}")
     report: dict[str, Any] = {name: round(value, 3) for name, value in {**found, **ratios}.items()}
     report |= {"commit": versions.commit(os.path.dirname(__file__))}
     print(json.dumps({**report, "machine": f"{os.cpu_count()} cores, {platform.machine()}"}))
