@@ -22,10 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 
 from mixer.embedder import QueryEmbedder
+from mixer.fast_faiss import faiss
 from mixer.images import decode
 from mixer_platform.gallery import Shard, merge_top_k, read_manifest, segment_folders
 from mixer_platform.storage import LocalStorage

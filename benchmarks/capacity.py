@@ -19,12 +19,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
 from softmax import CHUNK, classifier_bytes
 
+from mixer.fast_faiss import faiss
 from mixer.row_adam import RowAdam
 from mixer.softmax import ShardedMarginSoftmax, fixed_scale
 from mixer.targets import Targets

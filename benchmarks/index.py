@@ -8,7 +8,8 @@ have the spectra of the real embeddings (k-means centres, and residuals), 20 vec
 threads with an onnxruntime session each that read, decode and embed the same pictures; (b) one FAISS process with one
 thread that trains on as many vectors, adds and writes with the same factory string; (c) autofaiss 2.18, which needs
 older libraries and gets an environment of its own, given the same memory, searched with one thread, its settings swept.
-Prints a table and, as its last line, one JSON object.
+(b) and (c) multiply matrices with the kernels that the product gives FAISS, which may be several times faster than
+those that it takes by itself (`mixer/fast_faiss.py`). Prints a table and, as its last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,6 +35,7 @@ import ray
 from quality import CONFIG
 
 from mixer.embedder import ItemEmbedder
+from mixer.fast_faiss import cpu_flags, faiss, openblas_core
 from mixer.images import UnreadableImage, decode
 from mixer_platform import versions
 from mixer_platform.config import IndexConfig, load_config
@@ -349,7 +350,8 @@ def resident() -> dict[str, float]:
 def by_autofaiss(python: Path, folder: str, memory: str) -> dict[str, Any]:
     """Let autofaiss build with the same memory, sweep its settings, and return what it reaches."""
     command = [str(python), "-c", MADE_BY_AUTOFAISS, folder, memory, str(WISH)]
-    run = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    fair = {"OMP_NUM_THREADS": "1", "OPENBLAS_CORETYPE": openblas_core(cpu_flags()) or ""}
+    run = subprocess.run(command, env={**os.environ, **fair}, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"autofaiss failed: {run.stderr.splitlines()[-1]}")
     return {**json.loads(run.stdout.splitlines()[-1]), "bytes": os.path.getsize(f"{folder}/knn.index")}

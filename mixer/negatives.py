@@ -100,7 +100,7 @@ def class_index(directions: np.ndarray) -> Any:
     A search then looks at 4-bit codes of the square root of the classes times 64, and what is built of n classes takes
     n to the 1.5: what is found need not be the very nearest, and a step must not wait for it.
     """
-    import faiss  # only who asks for neighbours needs it
+    from mixer.fast_faiss import faiss  # here: only who asks for neighbours needs it
 
     count, dim = directions.shape
     if count < _FLAT:

@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mixer.calibration import Calibration
+from mixer.fast_faiss import faiss
 from mixer_platform import versions
 from mixer_platform.attributes import Attribute, attributes_of, combined, merged_schema, with_schema
 from mixer_platform.errors import StorageError, VersionError

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
+from mixer.fast_faiss import faiss
 from mixer_platform.errors import StorageError
 from mixer_platform.filters import Filter
 from mixer_platform.rows import RowReader

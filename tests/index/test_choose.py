@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import faiss
 import numpy as np
 import pytest
 
+from mixer.fast_faiss import faiss
 from mixer_platform.index.choose import (
     EXACT_UP_TO,
     Measured,

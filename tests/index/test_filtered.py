@@ -5,11 +5,11 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from mixer.fast_faiss import faiss
 from mixer_platform import segment as segments
 from mixer_platform.attributes import merge_attributes
 from mixer_platform.filters import Filter, parse_filter

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from mixer.fast_faiss import faiss
 from mixer_platform.errors import StorageError
 from mixer_platform.gallery import MISSING, SegmentEntry, Shard, ShardEntry, merge_top_k
 from mixer_platform.index.choose import exact_top_k, sweep

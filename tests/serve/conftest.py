@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import onnx
 import pyarrow as pa
@@ -19,6 +18,7 @@ from PIL import Image
 from ray import serve as ray_serve
 
 from mixer.embedder import QUERY_GRAPH, SETTINGS, QueryEmbedder
+from mixer.fast_faiss import faiss
 from mixer.images import decode
 from mixer_platform import versions
 from mixer_platform.config import RunConfig

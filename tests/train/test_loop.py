@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from mixer.targets import Targets, concatenate
-from mixer_platform.train.feeding import made_ahead
 from mixer_platform.train.loop import held_out_recall, split_holdout
 
 
@@ -26,21 +25,6 @@ def test_only_photos_are_held_out_and_sure_ones(share: float) -> None:
         assert evidence[held_out].min() > evidence.mean()
     again, _ = split_holdout(targets, 50, 4, share, 3)
     assert (rows == again).all()
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 5])
-def test_batches_made_ahead_come_in_order(count: int) -> None:
-    made: list[int] = []
-
-    def make(part: np.ndarray) -> int:
-        made.append(int(part[0]))
-        return int(part[0])
-
-    parts = [(np.array([number]),) for number in range(count)]
-    for number, batch in enumerate(made_ahead(make, parts)):  # type: ignore[arg-type]
-        assert batch == number  # type: ignore[comparison-overlap]
-        assert len(made) <= number + 2, "more waits than one batch"
-    assert made == list(range(count))
 
 
 def test_held_out_recall_counts_photos_whose_nearest_item_has_their_label() -> None:

@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import ray
 
+from mixer.fast_faiss import faiss
 from mixer_platform import versions
 from mixer_platform.config import IndexConfig
 from mixer_platform.errors import ConfigError, WishError

@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import faiss
 import numpy as np
 
+from mixer.fast_faiss import faiss
 from mixer.metrics import recall_of_neighbours
 from mixer_platform.gallery import MISSING, merge_top_k
 from mixer_platform.index.segments import bytes_per_vector, new_index, reason_of, trained_template

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mixer_platform import versions
+from mixer_platform.ahead import ahead
 from mixer_platform.errors import StorageError
 from mixer_platform.item_ids import Span, overlapping, span
 from mixer_platform.storage import Storage
@@ -49,7 +51,8 @@ def write_part(storage: Storage, version: str, number: int, rows: pa.Table, summ
     """Write a partition, whole or not at all, with what there is to say of it."""
     rows = rows.sort_by("id").replace_schema_metadata({_SUMMARY: json.dumps(summary).encode()})
     sink = pa.BufferOutputStream()
-    pq.write_table(rows, sink, compression="none", write_page_checksum=True)  # vectors do not compress
+    flat = [name for name in rows.column_names if name != "embedding"]  # vectors do not compress, nor repeat
+    pq.write_table(rows, sink, compression="none", use_dictionary=flat, write_page_checksum=True)
     storage.write(part_key(version, number), sink.getvalue().to_pybytes())
 
 
@@ -106,13 +109,17 @@ def read_rows(
 def stream(
     storage: Storage, chain: Chain, wanted: Span, columns: Sequence[str] | None = None, every_state: bool = False
 ) -> Iterator[pa.Table]:
-    """Yield the rows that `read_rows` returns, partition by partition, in order of id."""
+    """Yield the rows that `read_rows` returns, partition by partition, in order of id; the next is read meanwhile."""
     parts = max(manifest["partitions"] for manifest in chain)
-    for number in overlapping(wanted, parts):
+
+    def read(number: int) -> pa.Table | None:
         first, last = span(number, parts)
-        rows = read_rows(storage, chain, (max(first, wanted[0]), min(last, wanted[1])), columns, every_state)
-        if rows is not None and len(rows):
-            yield rows
+        return read_rows(storage, chain, (max(first, wanted[0]), min(last, wanted[1])), columns, every_state)
+
+    with ThreadPoolExecutor(1) as threads:
+        for rows in ahead(threads, read, overlapping(wanted, parts)):
+            if rows is not None and len(rows):
+                yield rows
 
 
 def display_schema(storage: Storage, chain: Chain) -> pa.Schema:

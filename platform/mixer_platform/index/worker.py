@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +16,7 @@ import pyarrow.compute as pc
 from mixer.embedder import ITEM_GRAPH, SETTINGS, TOKENIZER, Device, DeviceError, ItemEmbedder, item_text
 from mixer.images import ImagePreprocess, UnreadableImage, decode
 from mixer_platform import versions
+from mixer_platform.ahead import ahead
 from mixer_platform.errors import ConfigError, InputError, MissingError
 from mixer_platform.index.embeddings import (
     DELETED,
@@ -52,9 +51,6 @@ COUNTS = (
     "left_out",
 )
 _READERS = 4  # threads that read and decode pictures while the graph runs
-
-Given = TypeVar("Given")
-Made = TypeVar("Made")
 
 
 class Job(NamedTuple):
@@ -187,20 +183,6 @@ class ItemWorker:
             assert before is not None, "fingerprints were read from it"
             embedded[list(again)] = vectors(before["embedding"].take(pa.array(list(again.values()))))
         return embedded, prints, states, sum(states[row] != LEFT_OUT for row in again)
-
-
-def ahead(
-    threads: ThreadPoolExecutor, function: Callable[[Given], Made], values: Iterable[Given], most: int
-) -> Iterator[Made]:
-    """Yield function(value) of each value in order, up to `most` of them made before they are asked for."""
-    waiting: deque = deque()
-    rest = iter(values)
-    while True:
-        while len(waiting) < most and (value := next(rest, None)) is not None:
-            waiting.append(threads.submit(function, value))
-        if not waiting:
-            return
-        yield waiting.popleft().result()
 
 
 def read_content(item: tuple[str | None, str | None], model: str, known: Known, preprocess: ImagePreprocess) -> Content:

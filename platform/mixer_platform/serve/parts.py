@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import faiss
 import numpy as np
 import pyarrow as pa
 from ray.exceptions import RayError, RayTaskError
@@ -20,6 +19,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from mixer.embedder import QUERY_GRAPH, SETTINGS, DeviceError, QueryEmbedder
+from mixer.fast_faiss import faiss
 from mixer.images import UnreadableImage, decode
 from mixer_platform import gallery
 from mixer_platform.config import ServeConfig

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +14,7 @@ from safetensors.torch import load, save
 
 from mixer.sampling import EpochPlan, plan_epoch
 from mixer.training import Batch
+from mixer_platform.ahead import ahead
 from mixer_platform.patience import patiently
 from mixer_platform.train.features import FeatureSamples
 from mixer_platform.train.pictures import PictureSamples
@@ -64,19 +64,12 @@ def batches_of(samples: Samples, schedule: Schedule, epochs: range, done: int, d
     """
     if decoders and isinstance(samples, PictureSamples):
         return _made_by_actors(samples, schedule, epochs, done, decoders)
-    return made_ahead(samples.batch, schedule.parts(epochs, done))
+    return _made_here(samples, schedule.parts(epochs, done))
 
 
-def made_ahead(make: Callable[..., Batch], parts: Iterable[tuple[Any, ...]]) -> Iterator[Batch]:
-    """Yield make(*part) of each part; the next one is made while one is used."""
-    waiting: deque[Future[Batch]] = deque()
-    with ThreadPoolExecutor(1) as pool:
-        for part in parts:
-            waiting.append(pool.submit(make, *part))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        for last in waiting:
-            yield last.result()
+def _made_here(samples: Samples, parts: Iterator[tuple[np.ndarray, EpochPlan]]) -> Iterator[Batch]:
+    with ThreadPoolExecutor(1) as threads:
+        yield from ahead(threads, lambda part: samples.batch(*part), parts)
 
 
 def _made_by_actors(
