@@ -350,8 +350,10 @@ def resident() -> dict[str, float]:
 def by_autofaiss(python: Path, folder: str, memory: str) -> dict[str, Any]:
     """Let autofaiss build with the same memory, sweep its settings, and return what it reaches."""
     command = [str(python), "-c", MADE_BY_AUTOFAISS, folder, memory, str(WISH)]
-    fair = {"OMP_NUM_THREADS": "1", "OPENBLAS_CORETYPE": openblas_core(cpu_flags()) or ""}
-    run = subprocess.run(command, env={**os.environ, **fair}, capture_output=True, text=True)
+    core = openblas_core(cpu_flags())
+    kernels = {"OPENBLAS_CORETYPE": core} if core else {}
+    environment = {**os.environ, **kernels, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"autofaiss failed: {run.stderr.splitlines()[-1]}")
     return {**json.loads(run.stdout.splitlines()[-1]), "bytes": os.path.getsize(f"{folder}/knn.index")}
