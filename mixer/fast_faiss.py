@@ -41,4 +41,13 @@ else:
 
 faiss.cvar.distance_compute_blas_threshold = _BY_BLAS
 
-__all__ = ["cpu_flags", "faiss", "openblas_core"]
+
+def use_threads(count: int) -> None:
+    """Let FAISS have so many threads when called from the calling one; OpenMP keeps a number for each.
+
+    For Ray's tasks, which are pickled with what they name: one that named `faiss` would import it without this module.
+    """
+    faiss.omp_set_num_threads(count)
+
+
+__all__ = ["cpu_flags", "faiss", "openblas_core", "use_threads"]

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from mixer.fast_faiss import faiss
+from mixer.fast_faiss import use_threads
 from mixer_platform import versions
 from mixer_platform.config import IndexConfig
 from mixer_platform.errors import ConfigError, WishError
@@ -170,13 +170,13 @@ def _threads() -> int:
 def _pilot(
     kind: str, sample: np.ndarray, queries: np.ndarray, exact: Neighbours, items: int, recall: float
 ) -> tuple[float, float]:
-    faiss.omp_set_num_threads(1)
+    use_threads(1)
     return pilot(kind, sample, queries, exact, items, recall)
 
 
 @ray.remote(num_cpus=1)
 def _train(uri: str, chain: Chain, factory: str, dim: int, wanted: int, threads: int) -> np.ndarray:
-    faiss.omp_set_num_threads(threads)
+    use_threads(threads)
     return trained_template(factory, dim, _sample(open_storage(uri), chain, wanted))
 
 
@@ -192,7 +192,7 @@ def _build_shard(
     recall: float,
 ) -> _Built:
     """Build, write and try one shard; what it found and should have found travels back with its entry."""
-    faiss.omp_set_num_threads(1)
+    use_threads(1)
     storage, name = open_storage(uri), f"shard-{number:05d}"
     exact: list[Neighbours] = [
         exact_top_k(queries, np.zeros((0, queries.shape[1]), np.float32), np.zeros(0, np.int64), K)
