@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mixer.fast_faiss import faiss
 from mixer_platform.gallery import IndexManifest, read_manifest
 from mixer_platform.index import embeddings
 from mixer_platform.index.choose import training_size

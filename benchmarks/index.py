@@ -354,7 +354,7 @@ def by_autofaiss(python: Path, folder: str, memory: str) -> dict[str, Any]:
     command = [str(python), "-c", MADE_BY_AUTOFAISS, folder, memory, str(WISH)]
     core = openblas_core(cpu_flags())
     kernels = {"OPENBLAS_CORETYPE": core} if core else {}
-    environment = {**os.environ, **kernels, "OMP_NUM_THREADS": "1"}
+    environment = {**kernels, **os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode:
         raise SystemExit(f"autofaiss failed: {run.stderr.splitlines()[-1]}")

@@ -10,6 +10,8 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy  # noqa: F401 - before FAISS would: numpy's OpenBLAS knows the CPU
+
 _CORE = "OPENBLAS_CORETYPE"  # read when the library is loaded, by whichever OpenBLAS
 _BY_BLAS = 16 * 256  # queries times dimensions, from which on matrices are multiplied
 

@@ -67,6 +67,8 @@ class NearestClasses:
 
     def __init__(self, count: int, every: int) -> None:
         self.count, self.every = count, every
+        import mixer.fast_faiss  # noqa: F401 - before other threads are at work: it sets a variable
+
         self._pool = ThreadPoolExecutor(1)
         self._index: Any = None
         self._next: Future | None = None

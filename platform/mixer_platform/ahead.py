@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import TypeVar
 
 Given = TypeVar("Given")
@@ -13,14 +14,20 @@ Made = TypeVar("Made")
 
 def ahead(
     threads: ThreadPoolExecutor, function: Callable[[Given], Made], values: Iterable[Given], most: int = 2
-) -> Iterator[Made]:
-    """Yield function(value) of each value in order; `most` of them, the one that is asked for among them, are made at a
-    time, so that `most` - 1 are made while one is used."""
-    waiting: deque = deque()
+) -> Generator[Made]:
+    """Yield function(value) of each value in order; while one is used, the threads have up to `most` - 1 to make.
+
+    What raises does so where its value would have come. What was not begun by then, or when nobody asks any more, is
+    given up.
+    """
+    waiting: deque[Future[Made]] = deque()
     rest = iter(values)
-    while True:
-        while len(waiting) < most and (value := next(rest, None)) is not None:
-            waiting.append(threads.submit(function, value))
-        if not waiting:
-            return
-        yield waiting.popleft().result()
+    try:
+        while True:
+            waiting.extend(threads.submit(function, value) for value in islice(rest, most - len(waiting)))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        for given_up in waiting:
+            given_up.cancel()

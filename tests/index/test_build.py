@@ -14,6 +14,10 @@ from mixer_platform.index import build, update
 TASKS = [task for module in (build, update) for task in vars(module).values() if isinstance(task, RemoteFunction)]
 
 
+def test_there_are_tasks() -> None:
+    assert len(TASKS) >= 5
+
+
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task._function_name)
 def test_no_task_brings_faiss_with_the_kernels_that_it_takes_by_itself(task: RemoteFunction) -> None:
     pickled = ray.cloudpickle.dumps(task._function)

@@ -61,11 +61,13 @@ def test_what_the_user_sets_is_kept() -> None:
     assert run(OPENBLAS_CORETYPE="NEHALEM") == ["Nehalem", "NEHALEM"]
 
 
-@pytest.mark.parametrize("queries", [1, 15, 16, 200])
+@pytest.mark.parametrize("queries", [1, 15, 16, 1500])
 def test_what_is_found_is_the_same_by_either_way(queries: int) -> None:
     rng = np.random.default_rng(0)
-    asked, vectors = (rng.standard_normal((n, 256), dtype=np.float32) for n in (queries, 3000))
+    asked, vectors = (rng.standard_normal((n, 256), dtype=np.float32) for n in (queries, 9000))
     scores, found = faiss.knn(asked, vectors, 5, metric=faiss.METRIC_INNER_PRODUCT)
     products = asked.astype(np.float64) @ vectors.T
-    assert (found == np.argsort(-products, axis=1)[:, :5]).all()
-    assert scores == pytest.approx(np.take_along_axis(products, found, 1), abs=1e-4)
+    assert faiss.cvar.distance_compute_blas_threshold == 16 * 256, "from 16 queries of 256 dimensions on"
+    best = -np.sort(-products, axis=1)[:, :5]
+    assert scores == pytest.approx(best, abs=1e-3)
+    assert np.take_along_axis(products, found, 1) == pytest.approx(best, abs=1e-3)

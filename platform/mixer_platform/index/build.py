@@ -214,5 +214,5 @@ def _sample(storage: Storage, chain: Chain, size: int) -> np.ndarray:
     """Return about `size` embeddings, float32 [n, dim]. Ids are hashes, so the lowest are a fair sample."""
     share = min(1.0, 1.2 * size / max(1, _living(chain)))
     last = max(1, int(share * 2**63)) - 1 if share < 1 else 2**63 - 1
-    found = [vectors(rows["embedding"]) for rows in stream(storage, chain, (0, last))]
+    found = [vectors(rows["embedding"]) for rows in stream(storage, chain, (0, last), ["embedding"])]
     return np.concatenate(found)[:size]

@@ -51,9 +51,14 @@ def write_part(storage: Storage, version: str, number: int, rows: pa.Table, summ
     """Write a partition, whole or not at all, with what there is to say of it."""
     rows = rows.sort_by("id").replace_schema_metadata({_SUMMARY: json.dumps(summary).encode()})
     sink = pa.BufferOutputStream()
-    flat = [name for name in rows.column_names if name != "embedding"]  # vectors do not compress, nor repeat
-    pq.write_table(rows, sink, compression="none", use_dictionary=flat, write_page_checksum=True)
+    repeating = [_leaf(field) for field in rows.schema if field.name != "embedding"]
+    pq.write_table(rows, sink, compression="none", use_dictionary=repeating, write_page_checksum=True)
     storage.write(part_key(version, number), sink.getvalue().to_pybytes())
+
+
+def _leaf(field: pa.Field) -> str:
+    """Return the path by which Parquet knows the values of a column or of its lists."""
+    return f"{field.name}.list.element" if pa.types.is_list(field.type) else field.name
 
 
 def read_summaries(storage: Storage, version: str) -> dict[int, dict[str, Any]]:
