@@ -188,8 +188,7 @@ def optimise(
 class Classification:
     """Learning by classification, as the product does; every part can be taken away.
 
-    new: items that are not learned from. text: whether items have any. rate: share of the classes that a step draws.
-    precision: of the softmax's products.
+    text: whether items have any. rate: share of the classes that a step draws. precision: of the softmax's products.
     """
 
     targets: Targets
@@ -201,15 +200,16 @@ class Classification:
     rate: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
 
-    def __call__(self, bench: Bench, seed: int, new: np.ndarray | None = None) -> Towers:
-        towers, head = self._round(bench, seed, self.targets, new)
+    def __call__(self, bench: Bench, seed: int, without: np.ndarray | None = None) -> Towers:
+        """Return what was learned from all samples but the rows `without`."""
+        towers, head = self._round(bench, seed, self.targets, without)
         for round_ in range(1, self.rounds):
             targets = believed(bench, towers, head, self.targets)
-            towers, head = self._round(bench, seed + 100 * round_, targets, new)
+            towers, head = self._round(bench, seed + 100 * round_, targets, without)
         return towers
 
     def _round(
-        self, bench: Bench, seed: int, targets: Targets, new: np.ndarray | None
+        self, bench: Bench, seed: int, targets: Targets, without: np.ndarray | None
     ) -> tuple[Towers, ShardedMarginSoftmax]:
         train = bench.config.train
         towers = new_towers(bench, seed, self.make)
@@ -219,7 +219,7 @@ class Classification:
         head = ShardedMarginSoftmax(bench.config.model.dim, self.classes, train.margin, scale, **settings)
         head.reset(seed)
         weight = train.branch_weight if self.branch_weight is None else self.branch_weight
-        learned = bench.everything if new is None else np.setdiff1d(bench.everything, bench.photos + new)
+        learned = bench.everything if without is None else np.setdiff1d(bench.everything, without)
 
         def loss_of(rows: np.ndarray, plan: EpochPlan) -> Tensor:
             batch = without_text(bench.samples.batch(rows, plan), self.text)

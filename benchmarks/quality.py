@@ -157,7 +157,7 @@ def new_listing_hits(
     for fold in range(FOLDS):
         new = torch.zeros(len(bench.item_ids), dtype=torch.bool)
         new[torch.from_numpy(shuffled[fold::FOLDS])] = True
-        towers = method(bench, seed, new=new.nonzero()[:, 0].numpy())
+        towers = method(bench, seed, without=bench.photos + new.nonzero()[:, 0].numpy())
         asked = (right & new).any(dim=1).numpy()
         for row, parts in enumerate(shown):
             first = cosines(bench, towers, **parts).masked_fill(right & ~new, -2).argmax(dim=1)

@@ -177,7 +177,7 @@ def _pilot(
 @ray.remote(num_cpus=1)
 def _train(uri: str, chain: Chain, factory: str, dim: int, wanted: int, threads: int) -> np.ndarray:
     use_threads(threads)
-    return trained_template(factory, dim, _sample(open_storage(uri), chain, wanted))
+    return trained_template(factory, dim, _sample(open_storage(uri), chain, wanted, threads))
 
 
 @ray.remote(num_cpus=1)
@@ -210,9 +210,10 @@ def _build_shard(
     return _Built(entry, sweep(index, queries, best[1], recall), best)
 
 
-def _sample(storage: Storage, chain: Chain, size: int) -> np.ndarray:
+def _sample(storage: Storage, chain: Chain, size: int, readers: int = 1) -> np.ndarray:
     """Return about `size` embeddings, float32 [n, dim]. Ids are hashes, so the lowest are a fair sample."""
     share = min(1.0, 1.2 * size / max(1, _living(chain)))
     last = max(1, int(share * 2**63)) - 1 if share < 1 else 2**63 - 1
-    found = [vectors(rows["embedding"]) for rows in stream(storage, chain, (0, last), ["embedding"])]
+    parts = stream(storage, chain, (0, last), ["embedding"], readers=readers)
+    found = [vectors(rows["embedding"]) for rows in parts]
     return np.concatenate(found)[:size]

@@ -112,17 +112,22 @@ def read_rows(
 
 
 def stream(
-    storage: Storage, chain: Chain, wanted: Span, columns: Sequence[str] | None = None, every_state: bool = False
+    storage: Storage,
+    chain: Chain,
+    wanted: Span,
+    columns: Sequence[str] | None = None,
+    every_state: bool = False,
+    readers: int = 1,
 ) -> Iterator[pa.Table]:
-    """Yield the rows that `read_rows` returns, partition by partition, in order of id; the next is read meanwhile."""
+    """Yield what `read_rows` returns, partition by partition, in order of id, while `readers` threads read the next."""
     parts = max(manifest["partitions"] for manifest in chain)
 
     def read(number: int) -> pa.Table | None:
         first, last = span(number, parts)
         return read_rows(storage, chain, (max(first, wanted[0]), min(last, wanted[1])), columns, every_state)
 
-    with ThreadPoolExecutor(1) as threads:
-        for rows in ahead(threads, read, overlapping(wanted, parts)):
+    with ThreadPoolExecutor(readers) as threads:
+        for rows in ahead(threads, read, overlapping(wanted, parts), readers + 1):
             if rows is not None and len(rows):
                 yield rows
 
