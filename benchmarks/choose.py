@@ -57,8 +57,8 @@ SETTINGS = (
 
 
 def with_setting(bench: Bench, setting: str) -> Bench:
-    """Return the bench with one setting of train changed."""
-    overrides = [f"data={bench.config.data}", f"workspace={bench.config.workspace}", setting]
+    """Return the bench with a setting changed, or several that a comma joins."""
+    overrides = [f"data={bench.config.data}", f"workspace={bench.config.workspace}", *setting.split(",")]
     return replace(bench, config=load_config(CONFIG, overrides))
 
 
@@ -94,7 +94,7 @@ def found_on_val(bench: Bench, seed: int) -> float:
 def choose(bench: Bench, settings: list[str], folds: int, seeds: int) -> dict[str, Any]:
     """Print a row for each setting and return the figures, and the setting chosen; "" is the configuration."""
     rows: dict[str, dict[str, Any]] = {}
-    print(f"{'':28}{'R@1, held-out photos':>22}{'over the configuration':>32}{'val':>8}")
+    print(f"{'':52}{'R@1, held-out photos':>22}{'over the configuration':>32}{'val':>8}")
     base: np.ndarray | None = None
     for setting in ("", *settings):
         changed = with_setting(bench, setting) if setting else bench
@@ -109,7 +109,7 @@ def choose(bench: Bench, settings: list[str], folds: int, seeds: int) -> dict[st
         }
         row, (least, most) = rows[setting], rows[setting]["more_interval"]
         beside = f"{row['more']:+.4f} ({least:+.4f} to {most:+.4f})" if setting else ""
-        print(f"{setting or 'as configured':28}{row['r1']:22.4f}{beside:>32}{row['val_r1']:8.3f}", flush=True)
+        print(f"{setting or 'as configured':52}{row['r1']:22.4f}{beside:>32}{row['val_r1']:8.3f}", flush=True)
     better = [setting for setting, row in rows.items() if row["more_interval"][0] > 0]
     judges = int((~np.isnan(base)).sum()) if base is not None else 0
     return {"chosen": max(better, key=lambda setting: rows[setting]["r1"], default=""), "judges": judges, "rows": rows}
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="a folder with items, queries, logs and val")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), metavar="KEY=VALUE")
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), metavar="KEY=VALUE[,KEY=VALUE]")
     parser.add_argument("--workspace", help="where samples and features go; default: a temporary folder")
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
