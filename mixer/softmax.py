@@ -39,9 +39,9 @@ def class_range(classes: int, world: int, rank: int) -> range:
 def fixed_scale(classes: int, margin: float = 0.0) -> float:
     """Return the fixed scale of AdaCos (Zhang et al., CVPR 2019, arXiv 1905.00292), of a cosine less its margin.
 
-    A sample at 45 degrees from its class, and at right angles to all others, is of it with probability 1/2. Without a
+    A sample at 45 degrees from its class, and at right angles to all others, is of it with probability 1/2; without a
     margin that is sqrt(2) ln(classes - 1). With a much larger one the softmax is certain of every label of a small set
-    of classes, also of the wrong ones; with a smaller one it never comes to be certain of what the margin is taken from.
+    of classes, also of the wrong ones; with a smaller one it never comes to be certain of any.
     """
     left = max(math.cos(math.pi / 4) - margin, 0.05)
     return min(MOST_SCALE, math.log(max(classes - 1, 2)) / left)
