@@ -120,7 +120,7 @@ def measured(classes: int = 500_000, dim: int = 256, rate: float = 0.1) -> tuple
         2 * 256 * CHUNK * dim / fastest(lambda _: left @ right.T),
         2 * 4 * len(source) / fastest(lambda _: copy.copy_(source)),
     )
-    head = ShardedMarginSoftmax(dim, classes, 0.3, fixed_scale(classes, 0.3), rate=rate, precision="bf16")
+    head = ShardedMarginSoftmax(dim, classes, 0.3, fixed_scale(classes), rate=rate, precision="bf16")
     head.weight.normal_(0, 0.01)
     head.optimizer = RowAdam(head.weight, 1e-2, 1e-4)
 

@@ -27,7 +27,6 @@ from mixer_platform.train.features import FeatureSamples
 TEMPERATURE = 0.07  # of InfoNCE
 TRIPLET_MARGIN = 0.2
 ARCFACE_MARGIN = 0.3  # radians
-ARCFACE_LOSS = math.cos(math.pi / 4) - math.cos(math.pi / 4 + ARCFACE_MARGIN)  # of the cosine, at 45 degrees
 
 MakeTowers = Callable[..., Towers]
 
@@ -215,7 +214,7 @@ class Classification:
         train = bench.config.train
         towers = new_towers(bench, seed, self.make)
         tower = FrozenTower(towers)
-        scale = train.scale or fixed_scale(self.classes, train.margin)
+        scale = train.scale or fixed_scale(self.classes)
         settings: dict[str, Any] = {"rate": self.rate, "precision": self.precision}
         head = ShardedMarginSoftmax(bench.config.model.dim, self.classes, train.margin, scale, **settings)
         head.reset(seed)
@@ -248,7 +247,7 @@ def arcface(bench: Bench, seed: int) -> Towers:
     """ArcFace (Deng et al., CVPR 2019): each item is a class, and each photo of the class of its most clicked item."""
     labels, weights = most_clicked(bench)
     items = len(bench.item_ids)
-    towers, scale = new_towers(bench, seed), fixed_scale(items, ARCFACE_LOSS)
+    towers, scale = new_towers(bench, seed), fixed_scale(items)
     tower, centres = FrozenTower(towers), nn.Linear(bench.config.model.dim, items, bias=False)
     nn.init.normal_(centres.weight, std=0.01)
 

@@ -59,7 +59,7 @@ def mixer(case: Case, precision: Any) -> Step:
         case.dim,
         case.classes,
         MARGIN,
-        fixed_scale(case.classes, MARGIN),
+        fixed_scale(case.classes),
         rate=case.rate,
         precision=precision,
         chunk=CHUNK,
@@ -79,7 +79,7 @@ def dense(case: Case) -> Step:
     """Sampling and learning over all classes, in one process (arXiv 2203.15565)."""
     weight = torch.nn.Parameter(torch.randn(case.classes, case.dim) * 0.01)
     optimizer = torch.optim.SGD([weight], lr=LR, momentum=0.9, weight_decay=DECAY)
-    scale = fixed_scale(case.classes, MARGIN)
+    scale = fixed_scale(case.classes)
 
     def step(number: int) -> None:
         embeddings, labels = batch(case, number, 0)

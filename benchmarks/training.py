@@ -75,7 +75,7 @@ def bare_epoch(tower: nn.Module, head: ShardedMarginSoftmax, config: TrainConfig
 
 
 def new_head(bench: Bench, config: TrainConfig) -> ShardedMarginSoftmax:
-    scale = config.scale or fixed_scale(bench.classes, config.margin)
+    scale = config.scale or fixed_scale(bench.classes)
     head = ShardedMarginSoftmax(bench.config.model.dim, bench.classes, config.margin, scale, precision=config.precision)
     head.reset(0)
     head.optimizer = RowAdam(head.weight, config.classifier_lr, config.weight_decay)

@@ -25,6 +25,7 @@ from mixer.targets import PADDING, Targets
 
 _NONE = -1e4  # a logit whose exponential is 0; unlike -inf, it has a gradient
 _BLOCK = 4096  # classes drawn from one seed
+_LEAST_SCALE = 10.0
 Lap = Callable[[str], None]
 _KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -36,15 +37,13 @@ def class_range(classes: int, world: int, rank: int) -> range:
     return range(start, start + small + (rank < extra))
 
 
-def fixed_scale(classes: int, margin: float = 0.0) -> float:
-    """Return the fixed scale of AdaCos (Zhang et al., CVPR 2019, arXiv 1905.00292), of a cosine less its margin.
+def fixed_scale(classes: int) -> float:
+    """Return sqrt(2) ln(classes - 1), the fixed scale of AdaCos (Zhang et al., CVPR 2019, arXiv 1905.00292), or 10.
 
-    A sample at 45 degrees from its class, and at right angles to all others, is of it with probability 1/2; without a
-    margin that is sqrt(2) ln(classes - 1). With a much larger one the softmax is certain of every label of a small set
-    of classes, also of the wrong ones; with a smaller one it never comes to be certain of any.
+    With a much larger one the softmax is certain of every label, also of the wrong ones; with a smaller one, which the
+    rule would give few classes, it learns less of the right ones (docs/quality.md).
     """
-    left = max(math.cos(math.pi / 4) - margin, 0.05)
-    return min(MOST_SCALE, math.log(max(classes - 1, 2)) / left)
+    return max(_LEAST_SCALE, math.sqrt(2) * math.log(max(classes - 1, 2)))
 
 
 class ShardedMarginSoftmax(nn.Module):

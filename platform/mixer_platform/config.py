@@ -109,7 +109,7 @@ class TrainConfig(Section):
         None,
         gt=0,
         le=MOST_SCALE,
-        description="cosines are multiplied by it before the softmax; null: by the number of classes and the margin",
+        description="cosines are multiplied by it before the softmax; null: AdaCos' fixed scale, 10 at least",
     )
     class_rate: float = Field(
         1.0, gt=0, le=1, description="share of the classes that a step draws beside those that its samples name"

@@ -115,7 +115,7 @@ def new_trainer(
         unknown = tower.load_state_dict(before.trained_state(), strict=False).unexpected_keys
         assert not unknown, unknown  # what it lacks was not trained
         weight = before.release()
-    scale = config.scale or fixed_scale(job["classes"], config.margin)
+    scale = config.scale or fixed_scale(job["classes"])
     head = ShardedMarginSoftmax(
         architecture.dim,
         job["classes"],
