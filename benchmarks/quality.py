@@ -1,6 +1,6 @@
 """How well a photo finds its item: Mixer beside what people use today, and without each of its parts.
 
-    .venv/bin/python benchmarks/quality.py --data FOLDER [--seeds 3] [--fine-tune 4]
+    .venv/bin/python benchmarks/quality.py --data FOLDER [--seeds 3] [--fine-tune 8] [--rows mixer mixer_finetuned]
 
 The same cached features of the frozen encoder, the same towers, photos and number of steps for every method, in one
 process; the fine-tuned model comes from the product's train job. Prints tables (means over seeds, 95 % bootstrap
@@ -238,8 +238,9 @@ def shuffled_titles(bench: Bench, seed: int) -> Bench:
 # The tables ---------------------------------------------------------------------------------------------------------
 
 
-def compare(bench: Bench, seeds: int, epochs: int) -> dict[str, dict[str, Any]]:
-    """Print the first table, row by row: every method on items that the logs know. Return its figures."""
+def compare(bench: Bench, seeds: int, epochs: int, rows: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Print the first table, row by row: every method on items that the logs know, or those in `rows`. Return its
+    figures."""
     shared, classes, size = shared_evidence(bench), bench.classes, len(bench.item_ids)
     mixer = Classification(shared, classes)
     methods: dict[str, tuple[str, Method]] = {
@@ -270,6 +271,8 @@ def compare(bench: Bench, seeds: int, epochs: int) -> dict[str, dict[str, Any]]:
     )
     show("no training", results["zero_shot"])
     for name, (label, method) in methods.items():
+        if rows and name not in rows:
+            continue
         runs, began = [], time.monotonic()
         for seed in range(seeds):
             runs.append(
@@ -277,7 +280,7 @@ def compare(bench: Bench, seeds: int, epochs: int) -> dict[str, dict[str, Any]]:
             )
         results[name] = figures_of(bench, runs, (time.monotonic() - began) / seeds)
         show(label, results[name])
-    if epochs:
+    if epochs and (not rows or "mixer_finetuned" in rows):
         tuned = [fine_tuned(bench, seed, epochs) for seed in range(seeds)]
         results["mixer_finetuned"] = figures_of(
             bench, [hits for hits, _ in tuned], float(np.mean([s for _, s in tuned]))
@@ -331,15 +334,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a folder with items, queries, logs and val")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--fine-tune", type=int, default=4, metavar="EPOCHS", help="0: leave that row out")
+    parser.add_argument("--fine-tune", type=int, default=8, metavar="EPOCHS", help="0: leave that row out")
+    parser.add_argument(
+        "--rows", nargs="+", help="these of the first table, by their keys in the JSON object, and no other"
+    )
     parser.add_argument("--workspace", help="where samples and features go; default: a temporary folder")
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     connect()
     with tempfile.TemporaryDirectory() as scratch:
         bench = prepare_bench(str(Path(arguments.data).resolve()), arguments.workspace or scratch)
-        results = compare(bench, arguments.seeds, arguments.fine_tune)
-        new = compare_on_new_listings(bench, arguments.seeds)
+        results = compare(bench, arguments.seeds, arguments.fine_tune, arguments.rows)
+        new = {} if arguments.rows else compare_on_new_listings(bench, arguments.seeds)
     report: dict[str, Any] = {
         **results,
         "new_listings": new,

@@ -1,9 +1,11 @@
 """Time and memory of a step of the class-sharded softmax, beside a dense one and torch's own cross-entropy.
 
     .venv/bin/python benchmarks/softmax.py [--classes 100000 1000000 10000000] [--rates 1 0.1 0.01]
+    .venv/bin/python benchmarks/softmax.py --device cuda --batch 4096
 
-A step is a batch of 128 unit embeddings with random labels: forward, backward and the optimizer's step on the classes.
-Every case runs in processes of its own; seconds are the median of its steps, memory is the peak of a worker (VmHWM).
+A step is a batch of unit embeddings with random labels: forward, backward and the optimizer's step on the classes.
+Every case runs in processes of its own; seconds are the median of its steps, memory is the peak of a worker (VmHWM), or
+on a GPU of what torch allocated there. On a GPU there is one worker.
 The dense reference samples and learns as Partial FC's published code does: the greatest of random numbers over all
 classes are drawn, gradient, momentum and weight decay touch every class. Where classes x dim do not fit into it, it is
 left out. Prints a table and, as its last line, one JSON object.
@@ -21,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ from mixer.softmax import ShardedMarginSoftmax, fixed_scale
 from mixer.targets import Targets
 from mixer_platform import versions
 
-BATCH, MARGIN, LR, DECAY = 128, 0.3, 1e-2, 1e-4
+MARGIN, LR, DECAY = 0.3, 1e-2, 1e-4
 CHUNK = 8192  # classes whose logits exist at once
 DENSE_MOST = 3e8  # numbers in the weight of a reference: it holds three such tensors and more
 Step = Callable[[int], None]
@@ -51,6 +53,8 @@ class Case:
     rate: float
     workers: int = 1
     threads: int = 2
+    device: str = "cpu"
+    batch: int = 128
 
 
 def mixer(case: Case, precision: Any) -> Step:
@@ -63,7 +67,7 @@ def mixer(case: Case, precision: Any) -> Step:
         rate=case.rate,
         precision=precision,
         chunk=CHUNK,
-    )
+    ).to(case.device)
     head.weight.normal_(0, 0.01)
     head.optimizer = RowAdam(head.weight, LR, DECAY)
 
@@ -75,9 +79,9 @@ def mixer(case: Case, precision: Any) -> Step:
     return step
 
 
-def dense(case: Case) -> Step:
-    """Sampling and learning over all classes, in one process (arXiv 2203.15565)."""
-    weight = torch.nn.Parameter(torch.randn(case.classes, case.dim) * 0.01)
+def dense(case: Case, half: bool = False) -> Step:
+    """Sampling and learning over all classes, in one process (arXiv 2203.15565); in bf16 by autocast, if `half`."""
+    weight = torch.nn.Parameter(torch.randn(case.classes, case.dim, device=case.device) * 0.01)
     optimizer = torch.optim.SGD([weight], lr=LR, momentum=0.9, weight_decay=DECAY)
     scale = fixed_scale(case.classes)
 
@@ -86,12 +90,14 @@ def dense(case: Case) -> Step:
         optimizer.zero_grad()
         rows: Tensor = weight
         if case.rate < 1:
-            chances = torch.rand(case.classes)
+            chances = torch.rand(case.classes, device=case.device)
             chances[labels] = 2
             index = chances.topk(int(case.rate * case.classes)).indices.sort().values
             labels, rows = torch.searchsorted(index, labels), weight[index]
-        cosines = embeddings @ F.normalize(rows, dim=1).T
-        cosines[torch.arange(BATCH), labels] -= MARGIN
+        with torch.autocast(case.device, torch.bfloat16, enabled=half):
+            cosines = embeddings @ F.normalize(rows, dim=1).T
+        cosines = cosines.float()
+        cosines[torch.arange(case.batch), labels] -= MARGIN
         F.cross_entropy(scale * cosines, labels).backward()
         optimizer.step()
 
@@ -100,7 +106,7 @@ def dense(case: Case) -> Step:
 
 def cross_entropy(case: Case) -> Step:
     """torch.nn.functional.cross_entropy over all classes, without a margin and without normalised classes."""
-    weight = torch.nn.Parameter(torch.randn(case.classes, case.dim) * 0.01)
+    weight = torch.nn.Parameter(torch.randn(case.classes, case.dim, device=case.device) * 0.01)
     optimizer = torch.optim.SGD([weight], lr=LR, momentum=0.9, weight_decay=DECAY)
 
     def step(number: int) -> None:
@@ -117,15 +123,17 @@ METHODS: dict[str, Callable[[Case], Step]] = {
     "mixer, fp32": lambda case: mixer(case, "fp32"),
     "dense, fp32": dense,
     "cross-entropy, fp32": cross_entropy,
+    "dense, bf16 products": lambda case: dense(case, half=True),
 }
-MIXER, EXACT, DENSE, PLAIN = METHODS
+MIXER, EXACT, DENSE, PLAIN, HALF = METHODS
 
 
 def batch(case: Case, number: int, rank: int) -> tuple[Tensor, Tensor]:
     """Return one worker's embeddings and labels of a step."""
     generator = torch.Generator().manual_seed(1000 * number + rank)
-    embeddings = F.normalize(torch.randn(BATCH // case.workers, case.dim, generator=generator), dim=1)
-    return embeddings.requires_grad_(), torch.randint(case.classes, (len(embeddings),), generator=generator)
+    embeddings = F.normalize(torch.randn(case.batch // case.workers, case.dim, generator=generator), dim=1)
+    labels = torch.randint(case.classes, (len(embeddings),), generator=generator)
+    return embeddings.to(case.device).requires_grad_(), labels.to(case.device)
 
 
 def classifier_bytes(owned: float, rate: float, samples: float, dim: int) -> float:
@@ -148,18 +156,21 @@ def worker(rank: int, case: Case, folder: str) -> None:
     torch.set_num_threads(case.threads)
     if case.workers > 1:
         dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=case.workers)
-    before = status("VmRSS")
+    before = status("VmRSS") if case.device == "cpu" else 0
     step = METHODS[case.method](case)
     seconds: list[float] = []
     while len(seconds) < 4 or (sum(seconds[1:]) < 2 and len(seconds) < 12):
         began = time.perf_counter()
         step(len(seconds))
+        if case.device != "cpu":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
         if case.workers > 1:  # all stop after the same step
             longest = torch.tensor(seconds[-1])
             dist.all_reduce(longest, dist.ReduceOp.MAX)
             seconds[-1] = float(longest)
-    found = {"seconds": statistics.median(seconds[1:]), "peak": status("VmHWM"), "before": before}
+    peak = status("VmHWM") if case.device == "cpu" else torch.cuda.max_memory_allocated()
+    found = {"seconds": statistics.median(seconds[1:]), "peak": peak, "before": before}
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(found, file)
     if case.workers > 1:
@@ -175,7 +186,7 @@ def measure(case: Case) -> dict[str, float]:
             with open(f"{folder}/{rank}.json") as file:
                 ranks.append(json.load(file))
     largest = max(ranks, key=lambda found: found["peak"])
-    expected = classifier_bytes(-(-case.classes // case.workers), case.rate, BATCH, case.dim)
+    expected = classifier_bytes(-(-case.classes // case.workers), case.rate, case.batch, case.dim)
     return {
         "seconds": ranks[0]["seconds"],
         "gb": largest["peak"] / 1e9,
@@ -183,7 +194,7 @@ def measure(case: Case) -> dict[str, float]:
     }
 
 
-def cases(classes: list[int], rates: list[float]) -> list[Case]:
+def cases(classes: list[int], rates: list[float], gpu: bool) -> list[Case]:
     """Return the rows of the table, references beside what they are compared with."""
     rows = []
     for count in classes:
@@ -191,10 +202,11 @@ def cases(classes: list[int], rates: list[float]) -> list[Case]:
         for rate in rates:
             rows += [Case(MIXER, count, dim, rate), Case(EXACT, count, dim, rate)]
             if count * dim <= DENSE_MOST:
-                rows.append(Case(DENSE, count, dim, rate))
+                rows += [Case(method, count, dim, rate) for method in ((DENSE, HALF) if gpu else (DENSE,))]
                 if rate == 1:
                     rows.append(Case(PLAIN, count, dim, rate))
-            rows += [Case(MIXER, count, dim, rate, 1, 1), Case(MIXER, count, dim, rate, 2, 1)]
+            if not gpu:
+                rows += [Case(MIXER, count, dim, rate, 1, 1), Case(MIXER, count, dim, rate, 2, 1)]
     return rows
 
 
@@ -202,6 +214,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--rates", type=float, nargs="+", default=[1, 0.1, 0.01])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--batch", type=int, default=128, help="samples a step")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -211,23 +225,30 @@ def main() -> None:
         return
     heads = ("classes", "dim", "rate", "workers", "threads", "s a step", "samples/s", "GB a worker", "of formula")
     print(f"{'':22}" + "".join(f"{head:>12}" for head in heads))
-    found = {case: show(case) for case in cases(arguments.classes, arguments.rates)}
+    gpu = arguments.device != "cpu"
+    where: dict[str, Any] = {"device": arguments.device, "batch": arguments.batch}
+    found = {case: show(replace(case, **where)) for case in cases(arguments.classes, arguments.rates, gpu)}
     if 1_000_000 in arguments.classes and 10_000_000 in arguments.classes:  # the same dim and number of rows drawn
         for case in (Case(MIXER, 1_000_000, 128, 0.1), Case(MIXER, 10_000_000, 128, 0.01)):
-            found[case] = show(case)
+            found[case] = show(replace(case, **where))
     report = {
         **ratios(found),
         "commit": versions.commit(os.path.dirname(__file__)),
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
+        "machine": f"{machine(gpu)}, torch {torch.__version__}",
+        "batch": arguments.batch,
     }
     print(json.dumps(report))
+
+
+def machine(gpu: bool) -> str:
+    return torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} cores, {platform.machine()}"
 
 
 def show(case: Case) -> dict[str, float]:
     """Measure a case and print its row."""
     found = measure(case)
     cells = [f"{case.classes:,}", case.dim, f"{case.rate:g}", case.workers, case.threads, f"{found['seconds']:.3f}"]
-    cells += [f"{BATCH / found['seconds']:.0f}", f"{found['gb']:.2f}"]
+    cells += [f"{case.batch / found['seconds']:.0f}", f"{found['gb']:.2f}"]
     cells += [f"{found['over_formula']:.2f}" if found["over_formula"] else ""]
     print(f"{case.method:22}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
     return found
@@ -246,6 +267,7 @@ def ratios(found: dict[Case, dict[str, float]]) -> dict[str, float]:
             ours, exact, theirs = (Case(method, count, 256, rate) for method in (MIXER, EXACT, DENSE))
             compare(f"speedup_{label}_{suffix}", "seconds", theirs, ours)
             compare(f"speedup_{label}_{suffix}_fp32", "seconds", theirs, exact)
+            compare(f"speedup_{label}_{suffix}_bf16", "seconds", Case(HALF, count, 256, rate), ours)
             compare(f"memory_ratio_{label}_{suffix}", "gb", ours, theirs)
         compare(f"speedup_{label}_cross_entropy", "seconds", Case(PLAIN, count, 256, 1), Case(MIXER, count, 256, 1))
     for rate, suffix in ((1, ""), (0.1, "_r01")):

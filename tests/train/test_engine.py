@@ -151,7 +151,7 @@ def whole_state(trainer: Any, checkpoints: Checkpoints, steps: int, losses: list
 def worker(rank: int, world: int, port: int, folder: str) -> None:
     """One process of `world`: every mode without a break, then this world's leg of the interrupted run."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), DS_ACCELERATOR="cpu")
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     storage = open_storage(folder)
     linear = torch.nn.functional.linear
