@@ -87,8 +87,9 @@ def _open_session(path: Path, threads: int, device: Device) -> onnxruntime.Infer
 class ImageFeatures:
     """The bare image encoder: pixels to patches."""
 
-    def __init__(self, folder: str | Path, threads: int = 1) -> None:
-        self._graph = _Graph(folder, ENCODER_GRAPH, threads)
+    def __init__(self, folder: str | Path, threads: int = 1, device: Device = "cpu") -> None:
+        """`threads` are the CPU's. Raises DeviceError."""
+        self._graph = _Graph(folder, ENCODER_GRAPH, threads, device)
         self.preprocess, self.dim = self._graph.preprocess, self._graph.dim
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
@@ -99,8 +100,9 @@ class ImageFeatures:
 class TextFeatures:
     """The bare text encoder: texts to encoded tokens."""
 
-    def __init__(self, folder: str | Path, threads: int = 1) -> None:
-        self._graph = _Graph(folder, TEXT_GRAPH, threads)
+    def __init__(self, folder: str | Path, threads: int = 1, device: Device = "cpu") -> None:
+        """`threads` are the CPU's. Raises DeviceError."""
+        self._graph = _Graph(folder, TEXT_GRAPH, threads, device)
         self._tokenizer = Tokenizer.load(Path(folder) / TOKENIZER, self._graph.max_tokens)
 
     def __call__(self, texts: Sequence[str | None]) -> tuple[np.ndarray, np.ndarray]:

@@ -165,6 +165,9 @@ class IndexConfig(Section):
     embedders: int = Field(1, ge=1, description="actors that embed items")
     embedder_device: Literal["cpu", "cuda"] = Field("cpu", description="where items are embedded")
     embedder_gpus: float = Field(0, ge=0, le=1, description="share of a GPU that each embedder has to itself")
+    builder_gpus: float = Field(
+        0, ge=0, le=1, description="share of a GPU for the task that trains an index and each that builds a shard"
+    )
     batch_size: int = Field(32, ge=1)
     partition_items: int = Field(20_000, ge=1, description="items embedded and written together; a kill costs no more")
     changes: str | None = Field(None, description="update: folder with items, new or changed, and deleted (item_id)")

@@ -229,15 +229,3 @@ def test_a_vector_takes_the_memory_that_is_said(factory: str) -> None:
         index.add_with_ids(vectors[start : start + 10_000], np.arange(start, start + 10_000))
         sizes.append(len(faiss.serialize_index(index)))
     assert (sizes[1] - sizes[0]) / 10_000 == pytest.approx(bytes_per_vector(new_index(factory, DIM)), rel=0.12)
-
-
-@pytest.mark.skipif(not hasattr(faiss, "get_num_gpus") or not faiss.get_num_gpus(), reason="needs faiss-gpu and a GPU")
-def test_what_a_gpu_trained_is_searched_on_a_cpu() -> None:
-    vectors = unit(np.random.default_rng(7), 5000)
-    index = faiss.deserialize_index(trained_template("IVF32,Flat", DIM, vectors))
-    index.add_with_ids(vectors, np.arange(5000))
-    exact = exact_top_k(vectors[:50], vectors, np.arange(5000), 10)
-    assert (
-        max((trial.found[1][:, 0] == exact[1][:, 0]).mean() for trial in sweep(index, vectors[:50], exact[1], 0.99))
-        > 0.98
-    )

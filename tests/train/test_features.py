@@ -15,6 +15,7 @@ from mixer.export import export_encoders
 from mixer.images import decode
 from mixer.sampling import EpochPlan
 from mixer.towers import MixerModel
+from mixer_platform.config import TrainConfig
 from mixer_platform.errors import InputError, MissingError, StorageError
 from mixer_platform.storage import open_storage
 from mixer_platform.train.features import FeatureSamples, FeatureWorker
@@ -42,7 +43,7 @@ def cached(workspace: Path, model: MixerModel) -> FeatureSamples:
     (workspace / "features/f/encoders").mkdir(parents=True)
     (workspace / "features/f/rows").mkdir()
     export_encoders(model, workspace / "features/f/encoders")
-    worker = FeatureWorker(str(workspace), "features/f/encoders", model.config.pooling, VIEWS, seed=0)
+    worker = FeatureWorker(str(workspace), "features/f/encoders", model.config.pooling, TrainConfig(views=VIEWS))
     for name in ("0", "1"):
         rows = worker(pq.read_table(workspace / f"samples/v1/train/{name}.parquet"))
         pq.write_table(rows, workspace / f"features/f/rows/{name}.parquet")
@@ -103,7 +104,7 @@ def test_views_differ_and_are_drawn_from_seed_and_sample_alone(cached: FeatureSa
     rows = np.arange(PHOTOS + ITEMS)
     plain, other = cached.batch(rows, plan()), cached.batch(rows, plan(view=2))
     assert (plain.photos - other.photos).abs().amax(dim=1).min() > 0
-    worker = FeatureWorker(str(workspace), "features/f/encoders", "mean", VIEWS, seed=0)
+    worker = FeatureWorker(str(workspace), "features/f/encoders", "mean", TrainConfig(views=VIEWS))
     table = pq.read_table(workspace / "samples/v1/train")
     one, reverse = worker(table), worker(table.take(pa.array(range(len(table) - 1, -1, -1))))
     assert one["views"].to_pylist() == reverse["views"].to_pylist()[::-1]
@@ -144,7 +145,7 @@ def test_a_picture_that_broke_after_prepare_is_named(
     Path(samples[0]["image"]).write_bytes(b"no picture")
     said = rf"^{samples[0]['image']}: not a JPEG, PNG or WebP picture; prepare could still read it, put "
     with pytest.raises(InputError, match=said):
-        FeatureWorker(str(workspace), "features/f/encoders", "mean", VIEWS, seed=0)(
+        FeatureWorker(str(workspace), "features/f/encoders", "mean", TrainConfig(views=VIEWS))(
             pq.read_table(workspace / "samples/v1/train")
         )
     with pytest.raises(InputError, match=said):

@@ -33,6 +33,7 @@ from mixer_platform.index.choose import (
     training_size,
 )
 from mixer_platform.index.embeddings import Chain, stream, vectors
+from mixer_platform.index.gpu import GPU, require_gpu
 from mixer_platform.index.segments import bytes_per_vector, new_index, reason_of, trained_template, write_segment
 from mixer_platform.item_ids import span
 from mixer_platform.storage import Storage, open_storage
@@ -54,9 +55,11 @@ def build_shards(
     """Write all shards of `index/<version>/` and return what its manifest says of them.
 
     `queries` float32 [n, dim] are what people ask: recall is measured on them against exact search. Raises ConfigError
-    for a kind of index that FAISS does not make, WishError if no kind is as good as
+    for a kind of index that FAISS does not make or a GPU that is not there, WishError if no kind is as good as
     wished; nothing is published then.
     """
+    if config.builder_gpus:
+        _find_gpu(config.builder_gpus)
     items = _living(chain)
     each = -(-items // config.shards)
     started = time.monotonic()
@@ -65,9 +68,10 @@ def build_shards(
     shared = ray.put(queries)
     best = 0.0
     for factory in kinds[:_MOST_TRIED]:
-        template = _trained(storage, chain, factory, dim)
-        work = (storage.uri, version, chain, template, shared, config.shards, config.recall_at_10)
-        built = ray.get([_build_shard.remote(number, *work) for number in range(config.shards)])
+        template = _trained(storage, chain, factory, dim, config.builder_gpus)
+        work = (storage.uri, version, chain, template, shared, config.shards, config.recall_at_10, config.builder_gpus)
+        build = _build_shard.options(num_gpus=config.builder_gpus)
+        built = ray.get([build.remote(number, *work) for number in range(config.shards)])
         measured = measure([part.trials for part in built], [part.exact for part in built])
         found = pick(measured, config.recall_at_10, config.latency_ms)
         if found:
@@ -79,9 +83,11 @@ def build_shards(
     raise WishError(_falls_short(best, config))
 
 
-def _trained(storage: Storage, chain: Chain, factory: str, dim: int) -> ray.ObjectRef:
+def _trained(storage: Storage, chain: Chain, factory: str, dim: int, gpus: float) -> ray.ObjectRef:
     try:
-        template = _train.remote(storage.uri, chain, factory, dim, training_size(factory, dim), _threads())
+        wanted = training_size(factory, dim)
+        train = _train.options(num_gpus=gpus)
+        template = train.remote(storage.uri, chain, factory, dim, wanted, _threads(), gpus)
         ray.get(template)  # here, to know what FAISS says of it
     except ValueError as error:  # Ray's errors are of the kind that they wrap
         reason = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
@@ -138,7 +144,8 @@ def _kinds(
     sample = _sample(storage, chain, PILOT)
     exact = exact_top_k(queries, sample, np.arange(len(sample)), K)
     shared = [ray.put(part) for part in (sample, queries, exact)]
-    tried = ray.get([_pilot.remote(kind, *shared, each, config.recall_at_10) for kind in kinds])
+    try_ = _pilot.options(num_gpus=config.builder_gpus)
+    tried = ray.get([try_.remote(kind, *shared, each, config.recall_at_10, config.builder_gpus) for kind in kinds])
     for kind, (short, seconds) in zip(kinds, tried, strict=True):
         _log.info("%-40s %s", kind, f"falls short by {short:.3f}" if short else f"{1e6 * seconds:.0f} us a query")
     order = [kind for _, kind in sorted(zip(tried, kinds, strict=True))]
@@ -166,18 +173,30 @@ def _threads() -> int:
     return int(max(1, min(most, ray.available_resources().get("CPU", 1), _MOST_THREADS)))
 
 
+def _find_gpu(share: float) -> None:
+    try:
+        ray.get(ray.remote(require_gpu).options(num_cpus=1, num_gpus=share).remote())
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+
+
+def _gpu(share: float) -> GPU | None:
+    """Return the GPU of which Ray gave this task a share."""
+    return GPU() if share else None
+
+
 @ray.remote(num_cpus=1)
 def _pilot(
-    kind: str, sample: np.ndarray, queries: np.ndarray, exact: Neighbours, items: int, recall: float
+    kind: str, sample: np.ndarray, queries: np.ndarray, exact: Neighbours, items: int, recall: float, gpus: float
 ) -> tuple[float, float]:
     use_threads(1)
-    return pilot(kind, sample, queries, exact, items, recall)
+    return pilot(kind, sample, queries, exact, items, recall, _gpu(gpus))
 
 
 @ray.remote(num_cpus=1)
-def _train(uri: str, chain: Chain, factory: str, dim: int, wanted: int, threads: int) -> np.ndarray:
+def _train(uri: str, chain: Chain, factory: str, dim: int, wanted: int, threads: int, gpus: float) -> np.ndarray:
     use_threads(threads)
-    return trained_template(factory, dim, _sample(open_storage(uri), chain, wanted, threads))
+    return trained_template(factory, dim, _sample(open_storage(uri), chain, wanted, threads), _gpu(gpus))
 
 
 @ray.remote(num_cpus=1)
@@ -190,21 +209,22 @@ def _build_shard(
     queries: np.ndarray,
     shards: int,
     recall: float,
+    gpus: float,
 ) -> _Built:
     """Build, write and try one shard; what it found and should have found travels back with its entry."""
     use_threads(1)
-    storage, name = open_storage(uri), f"shard-{number:05d}"
+    gpu, storage, name = _gpu(gpus), open_storage(uri), f"shard-{number:05d}"
     exact: list[Neighbours] = [
         exact_top_k(queries, np.zeros((0, queries.shape[1]), np.float32), np.zeros(0, np.int64), K)
     ]
 
     def parts():  # type: ignore[no-untyped-def]
         for rows in stream(storage, chain, span(number, shards)):
-            exact.append(exact_top_k(queries, vectors(rows["embedding"]), rows["id"].to_numpy(), K))
+            exact.append(exact_top_k(queries, vectors(rows["embedding"]), rows["id"].to_numpy(), K, gpu))
             yield rows
 
     with tempfile.TemporaryDirectory() as scratch:
-        entry, index = write_segment(Path(scratch), version, name, template, parts())
+        entry, index = write_segment(Path(scratch), version, name, template, parts(), gpu=gpu)
         versions.upload(storage, Path(scratch), f"{KIND}/{version}")
     best = merge_top_k(exact, K)
     return _Built(entry, sweep(index, queries, best[1], recall), best)

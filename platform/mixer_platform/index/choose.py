@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from mixer.fast_faiss import faiss
 from mixer.metrics import recall_of_neighbours
 from mixer_platform.gallery import MISSING, merge_top_k
+from mixer_platform.index.gpu import GPU
 from mixer_platform.index.segments import bytes_per_vector, new_index, reason_of, trained_template
 from mixer_platform.segment import search_parameters
 
@@ -79,7 +81,13 @@ def training_size(factory: str, dim: int) -> int:
 
 
 def pilot(
-    kind: str, sample: np.ndarray, queries: np.ndarray, exact: Neighbours, items: int, recall: float
+    kind: str,
+    sample: np.ndarray,
+    queries: np.ndarray,
+    exact: Neighbours,
+    items: int,
+    recall: float,
+    gpu: GPU | None = None,
 ) -> tuple[float, float]:
     """Build a kind of the sample [n, dim] and ask the queries, whose `exact` neighbours there are known.
 
@@ -90,7 +98,7 @@ def pilot(
     growth = max(1.0, items / len(sample))
     small = kind.replace(f"IVF{number_of_lists(items)}", f"IVF{number_of_lists(len(sample))}")
     wanted = training_size(small, sample.shape[1])
-    index = faiss.deserialize_index(trained_template(small, sample.shape[1], sample[:wanted]))
+    index = faiss.deserialize_index(trained_template(small, sample.shape[1], sample[:wanted], gpu))
     index.add_with_ids(sample, np.arange(len(sample)))
     measured = measure([sweep(index, queries, exact[1], recall)], [exact])
     best = pick(measured, recall)
@@ -138,12 +146,15 @@ def pick(measured: Sequence[Measured], recall: float, latency_ms: float | None =
     return None
 
 
-def exact_top_k(queries: np.ndarray, vectors: np.ndarray, ids: np.ndarray, k: int) -> Neighbours:
+def exact_top_k(
+    queries: np.ndarray, vectors: np.ndarray, ids: np.ndarray, k: int, gpu: GPU | None = None
+) -> Neighbours:
     """Return scores and ids, both [queries, min(k, n)], of the greatest inner products, best first."""
     k = min(k, len(vectors))
     if not k:
         return np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
-    scores, rows = faiss.knn(queries, vectors, k, metric=faiss.METRIC_INNER_PRODUCT)
+    knn = gpu.knn if gpu else partial(faiss.knn, metric=faiss.METRIC_INNER_PRODUCT)
+    scores, rows = knn(queries, vectors, k)
     return scores, ids[rows]
 
 

@@ -12,13 +12,14 @@ import pyarrow.compute as pc
 from mixer.fast_faiss import faiss
 from mixer_platform.errors import StorageError
 from mixer_platform.index.embeddings import OWN, REPLACES, STATE, TEXT_ONLY, WHOLE, vectors
+from mixer_platform.index.gpu import GPU, add_with_ids
 from mixer_platform.s3 import local_errors
 from mixer_platform.segment import SegmentEntry, search_parameters, sha256
 
 _SHOWN_BESIDE = "id"
 
 
-def trained_template(factory: str, dim: int, sample: np.ndarray) -> np.ndarray:
+def trained_template(factory: str, dim: int, sample: np.ndarray, gpu: GPU | None = None) -> np.ndarray:
     """Return an empty, trained index over ids, serialised, that every shard starts from; inner product.
 
     With a GPU the clustering runs there; the index stays a CPU's. Raises ValueError for a factory string that FAISS
@@ -27,7 +28,8 @@ def trained_template(factory: str, dim: int, sample: np.ndarray) -> np.ndarray:
     try:
         index = new_index(factory, dim)
         if not index.is_trained:
-            _cluster_on_gpu(index)
+            if gpu and (ivf := faiss.try_extract_index_ivf(index)):
+                ivf.clustering_index = gpu.copy(faiss.IndexFlatIP(ivf.d))
             index.train(np.ascontiguousarray(sample, np.float32))
         template = faiss.serialize_index(index)
         _try(template, np.ascontiguousarray(sample[:64], np.float32))
@@ -57,15 +59,20 @@ def write_segment(
     template: np.ndarray,
     parts: Iterable[pa.Table],
     gone: np.ndarray | None = None,
+    gpu: GPU | None = None,
 ) -> tuple[SegmentEntry, faiss.IndexIDMap]:
     """Write NAME.faiss and NAME.arrow from rows of embeddings in order of id, and NAME.gone.arrow if ids are `gone`.
 
-    Returns the manifest's entry and the index. Raises StorageError if the disk is full.
+    With a GPU vectors find their lists there. Returns the manifest's entry and the index. Raises StorageError if the
+    disk is full.
     """
     index = faiss.deserialize_index(template)
+    ivf = faiss.try_extract_index_ivf(index) if gpu else None
+    lists = gpu.copy(ivf.quantizer) if gpu and ivf else None
     shown = []
     for rows in parts:
-        index.add_with_ids(vectors(rows["embedding"]), rows["id"].to_numpy())
+        added = vectors(rows["embedding"]), rows["id"].to_numpy()
+        add_with_ids(index, *added, lists) if lists else index.add_with_ids(*added)
         hidden = [column for column in OWN if column != _SHOWN_BESIDE and column in rows.column_names]
         shown.append(rows.drop_columns(hidden))
     tables = {f"{name}.arrow": pa.concat_tables(shown, promote_options="default") if shown else _NOTHING}
@@ -134,11 +141,6 @@ def _try(template: np.ndarray, vectors: np.ndarray) -> None:
     selector = faiss.IDSelectorBitmap(np.full(-(-len(vectors) // 8), 255, np.uint8))
     inner.search(vectors, 1, params=search_parameters(inner, {}, selector))
     inner.reconstruct(0)
-
-
-def _cluster_on_gpu(index: faiss.Index) -> None:
-    if getattr(faiss, "get_num_gpus", int)() and (ivf := faiss.try_extract_index_ivf(index)):
-        ivf.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(ivf.d))
 
 
 _NOTHING = pa.table({"id": pa.array([], pa.int64()), "item_id": pa.array([], pa.string())})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ import pyarrow as pa
 import pyarrow.dataset
 import ray.data
 import torch
-from PIL import Image
 from torch import Tensor
 
 from mixer.config import ModelConfig
-from mixer.embedder import ImageFeatures, TextFeatures
+from mixer.embedder import Device, DeviceError, ImageFeatures, TextFeatures
 from mixer.encoders import image_encoder
 from mixer.export import export_encoders
 from mixer.images import augment
@@ -27,13 +27,15 @@ from mixer.towers import MixerModel, Towers
 from mixer.training import Batch
 from mixer_platform import versions
 from mixer_platform.config import TrainConfig
+from mixer_platform.errors import ConfigError
 from mixer_platform.storage import Storage, open_storage
 from mixer_platform.train.labels import LABELS, in_training_order, read_labels
 from mixer_platform.train.pictures import read_picture
 from mixer_platform.train.start import starting_model
 
 KIND = "features"
-_BLOCK_ROWS = 64
+_BLOCK_ROWS, _BATCH_ROWS = 64, 32
+_AT_ONCE = 32  # pictures that a graph encodes
 _log = logging.getLogger(__name__)
 
 
@@ -57,10 +59,11 @@ def cache_features(storage: Storage, samples: str, model: ModelConfig, train: Tr
     # Small blocks: an item costs many times a photo, and the actors shall end together.
     features = rows.repartition(target_num_rows_per_block=_BLOCK_ROWS).map_batches(
         FeatureWorker,
-        fn_constructor_args=(storage.uri, f"{folder}/encoders", model.pooling, train.views, train.seed),
+        fn_constructor_args=(storage.uri, f"{folder}/encoders", model.pooling, train),
         batch_format="pyarrow",
-        batch_size=32,
+        batch_size=_BATCH_ROWS,
         num_cpus=train.cpus_per_worker,
+        num_gpus=train.gpus_per_worker or None,
         compute=ray.data.ActorPoolStrategy(min_size=train.least_workers or train.workers, max_size=train.workers),
     )
     features.write_parquet(storage.path(f"{folder}/rows"), filesystem=storage.filesystem)
@@ -76,42 +79,60 @@ def _digest(module: torch.nn.Module) -> str:
 
 
 class FeatureWorker:
-    """A Ray Data actor: samples in, float16 features of each augmented view out."""
+    """A Ray Data actor: samples in, float16 features of each augmented view out; on a GPU where workers have one."""
 
-    def __init__(self, uri: str, encoders: str, pooling: str, views: int, seed: int) -> None:
-        self.pooling, self.views, self.seed = pooling, views, seed
+    def __init__(self, uri: str, encoders: str, pooling: str, train: TrainConfig) -> None:
+        """Raises ConfigError if onnxruntime cannot use the GPU."""
+        self.pooling, self.views, self.seed = pooling, train.views, train.seed
+        threads = max(1, int(train.cpus_per_worker))
+        device: Device = "cuda" if train.gpus_per_worker else "cpu"
+        self.readers = ThreadPoolExecutor(threads)
         with tempfile.TemporaryDirectory() as scratch:
             folder = versions.fetch(open_storage(uri), encoders, scratch)
-            self.images, self.texts = ImageFeatures(folder), TextFeatures(folder)
+            try:
+                self.images = ImageFeatures(folder, threads, device)
+                self.texts = TextFeatures(folder, threads, device)
+            except DeviceError as error:
+                raise ConfigError(f"train.gpus_per_worker: {error}") from error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
-        pictures = [None if row["image"] is None else read_picture(row["image"]) for row in rows]
-        views = [self._views(row["sample_id"], picture) for row, picture in zip(rows, pictures, strict=True)]
+        seen = self._encode(list(self.readers.map(self._views, rows)))
         items = [row for row in rows if row["kind"] == "item"]
         tokens = self._tokens([row["text"] for row in items])
         columns: dict[str, Any] = {name: batch[name] for name in LABELS}
         columns["views"] = pa.array(
-            [self._encode(row["kind"], view) for row, view in zip(rows, views, strict=True)], pa.binary()
+            [self._stored(row["kind"], patches) for row, patches in zip(rows, seen, strict=True)], pa.binary()
         )
         encoded = iter(tokens)
         columns["tokens"] = pa.array([next(encoded) if row["kind"] == "item" else None for row in rows], pa.binary())
         return pa.table(columns)
 
-    def _views(self, sample_id: str, picture: Image.Image | None) -> np.ndarray | None:
+    def _views(self, row: dict[str, Any]) -> np.ndarray | None:
         """Return uint8 [views, size, size, 3]; the first view is the picture as it is."""
-        if picture is None:
+        if row["image"] is None:
             return None
-        digest = hashlib.sha256(f"{self.seed}:{sample_id}".encode()).digest()
+        picture = read_picture(row["image"])
+        digest = hashlib.sha256(f"{self.seed}:{row['sample_id']}".encode()).digest()
         rng = np.random.default_rng(list(digest[:8]))
         augmented = [picture, *(augment(picture, rng) for _ in range(self.views - 1))]
         return np.stack([self.images.preprocess(view) for view in augmented])
 
-    def _encode(self, kind: str, pixels: np.ndarray | None) -> bytes | None:
-        """Return photos as pooled [views, width], items as patches [views, patches, width]."""
-        if pixels is None:
+    def _encode(self, pictures: list[np.ndarray | None]) -> list[np.ndarray | None]:
+        """Return float32 [views, patches, width] of each picture that is there; they are encoded together."""
+        there = [each for each in pictures if each is not None]
+        if not there:
+            return pictures
+        pixels = np.concatenate(there)
+        starts = range(0, len(pixels), _AT_ONCE)
+        patches = np.concatenate([self.images(pixels[start : start + _AT_ONCE]) for start in starts])
+        encoded = iter(patches.reshape(len(there), self.views, *patches.shape[1:]))
+        return [each if each is None else next(encoded) for each in pictures]
+
+    def _stored(self, kind: str, patches: np.ndarray | None) -> bytes | None:
+        """Return photos as pooled float16 [views, width], items as patches [views, patches, width]."""
+        if patches is None:
             return None
-        patches = self.images(pixels)
         if kind == "query":
             patches = patches.mean(axis=1) if self.pooling == "mean" else patches[:, 0]
         return patches.astype(np.float16).tobytes()

@@ -125,8 +125,11 @@ def _fit(job: dict[str, Any], config: RunConfig) -> None:
     # Workers that report wait until they are asked again; every two seconds, as it comes, is longer than a short epoch.
     # Many workers take a while to ask.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(min(2.0, max(0.1, workers / 100))))
+    environment = dict(KEEP_FREED_MEMORY)
     if config.train.gpus_per_worker:
         resources["GPU"] = config.train.gpus_per_worker
+    else:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # of a node that has some: DeepSpeed would take the first
     with tempfile.TemporaryDirectory() as scratch:  # Ray Train wants one; checkpoints are in the workspace
         TorchTrainer(
             train_worker,
@@ -140,7 +143,7 @@ def _fit(job: dict[str, Any], config: RunConfig) -> None:
             run_config=RayRunConfig(
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=config.train.max_failures),
-                worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},
+                worker_runtime_env={"env_vars": environment},
             ),
         ).fit()
 
