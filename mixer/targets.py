@@ -30,8 +30,9 @@ class Targets:
     def certain(cls, labels: Tensor, weights: Tensor | None = None, width: int = 1) -> Targets:
         """Return the targets of samples that are of their class for sure; `width` is k."""
         classes = F.pad(labels[:, None], (0, width - 1), value=PADDING)
-        ones = torch.ones(len(labels)) if weights is None else weights
-        return cls(classes, torch.zeros(classes.shape), torch.full((len(labels),), -torch.inf), ones)
+        ones = torch.ones_like(labels, dtype=torch.float32)
+        evidence = torch.zeros_like(classes, dtype=torch.float32)
+        return cls(classes, evidence, -torch.inf * ones, ones if weights is None else weights)
 
     def __len__(self) -> int:
         return len(self.classes)
