@@ -111,7 +111,8 @@ def clicked_pairs(bench: Bench) -> np.ndarray:
     photo = {key: row for row, key in enumerate(bench.samples.ids[: bench.photos])}
     item = {key: row for row, key in enumerate(bench.item_ids)}
     rows = zip(*(column.to_pylist() for column in counted.columns), strict=True)
-    return np.array([(photo[q], item[i], n) for q, i, n in rows if q in photo and i in item])
+    # Sorted, for Ray Data reads in any order and methods draw from them, or take the last of equally clicked ones.
+    return np.array(sorted((photo[q], item[i], n) for q, i, n in rows if q in photo and i in item))
 
 
 # Measuring ----------------------------------------------------------------------------------------------------------
