@@ -264,6 +264,9 @@ def compare(bench: Bench, seeds: int, epochs: int, rows: list[str] | None = None
         "no_text": ("  no text", replace(mixer, text=False)),
         "bf16": ("  the softmax multiplies in bf16", replace(mixer, precision="bf16")),
     }
+    known = [*methods, "mixer_finetuned", "new_listings"]
+    if unknown := set(rows or ()) - set(known):
+        raise SystemExit(f"--rows: there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     results = {"zero_shot": figures_of(bench, [hits_of(bench.item_ids, bench.relevant, untrained_cosines(bench))], 0.0)}
     print(f"\n{size} items that the logs know, {len(bench.relevant)} photos")
     print(

@@ -40,7 +40,7 @@ from mixer_platform import versions
 MARGIN, LR, DECAY = 0.3, 1e-2, 1e-4
 CHUNK = 8192  # classes whose logits exist at once
 DENSE_MOST = 3e8  # numbers in the weight of a reference: it holds three such tensors and more
-Step = Callable[[int], None]
+Step = Callable[[int, Tensor, Tensor], None]  # its number, embeddings [samples, dim] and labels [samples]
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,7 @@ def mixer(case: Case, precision: Any) -> Step:
     head.weight.normal_(0, 0.01)
     head.optimizer = RowAdam(head.weight, LR, DECAY)
 
-    def step(number: int) -> None:
-        embeddings, labels = batch(case, number, head.rank)
+    def step(number: int, embeddings: Tensor, labels: Tensor) -> None:
         head.begin_step(0, number)
         head(embeddings, Targets.certain(labels)).backward()
 
@@ -85,8 +84,7 @@ def dense(case: Case, half: bool = False) -> Step:
     optimizer = torch.optim.SGD([weight], lr=LR, momentum=0.9, weight_decay=DECAY)
     scale = fixed_scale(case.classes)
 
-    def step(number: int) -> None:
-        embeddings, labels = batch(case, number, 0)
+    def step(number: int, embeddings: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad()
         rows: Tensor = weight
         if case.rate < 1:
@@ -109,8 +107,7 @@ def cross_entropy(case: Case) -> Step:
     weight = torch.nn.Parameter(torch.randn(case.classes, case.dim, device=case.device) * 0.01)
     optimizer = torch.optim.SGD([weight], lr=LR, momentum=0.9, weight_decay=DECAY)
 
-    def step(number: int) -> None:
-        embeddings, labels = batch(case, number, 0)
+    def step(number: int, embeddings: Tensor, labels: Tensor) -> None:
         optimizer.zero_grad()
         F.cross_entropy(embeddings @ weight.T, labels).backward()
         optimizer.step()
@@ -134,6 +131,12 @@ def batch(case: Case, number: int, rank: int) -> tuple[Tensor, Tensor]:
     embeddings = F.normalize(torch.randn(case.batch // case.workers, case.dim, generator=generator), dim=1)
     labels = torch.randint(case.classes, (len(embeddings),), generator=generator)
     return embeddings.to(case.device).requires_grad_(), labels.to(case.device)
+
+
+def finish(case: Case) -> None:
+    """Wait for what a GPU still has to do."""
+    if case.device != "cpu":
+        torch.cuda.synchronize()
 
 
 def classifier_bytes(owned: float, rate: float, samples: float, dim: int) -> float:
@@ -160,10 +163,11 @@ def worker(rank: int, case: Case, folder: str) -> None:
     step = METHODS[case.method](case)
     seconds: list[float] = []
     while len(seconds) < 4 or (sum(seconds[1:]) < 2 and len(seconds) < 12):
+        given = batch(case, len(seconds), rank)
+        finish(case)
         began = time.perf_counter()
-        step(len(seconds))
-        if case.device != "cpu":
-            torch.cuda.synchronize()
+        step(len(seconds), *given)
+        finish(case)
         seconds.append(time.perf_counter() - began)
         if case.workers > 1:  # all stop after the same step
             longest = torch.tensor(seconds[-1])

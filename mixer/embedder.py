@@ -64,7 +64,9 @@ def _open_session(path: Path, threads: int, device: Device) -> onnxruntime.Infer
     if device == "cpu":
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
     if providers[0] not in onnxruntime.get_available_providers():
-        raise DeviceError(f"this onnxruntime is not made for {device}; install the project's gpu extra, or take cpu")
+        raise DeviceError(
+            f"this onnxruntime is not made for {device}; install the project's gpu extra, or take the CPU"
+        )
     onnxruntime.preload_dlls()  # CUDA and cuDNN of Python's packages, which torch brings
     if device == "tensorrt":
         try:

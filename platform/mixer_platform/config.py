@@ -166,7 +166,10 @@ class IndexConfig(Section):
     embedder_device: Literal["cpu", "cuda"] = Field("cpu", description="where items are embedded")
     embedder_gpus: float = Field(0, ge=0, le=1, description="share of a GPU that each embedder has to itself")
     builder_gpus: float = Field(
-        0, ge=0, le=1, description="share of a GPU for the task that trains an index and each that builds a shard"
+        0,
+        ge=0,
+        le=1,
+        description="share of a GPU for each task that trains or builds a shard with lists",
     )
     batch_size: int = Field(32, ge=1)
     partition_items: int = Field(20_000, ge=1, description="items embedded and written together; a kill costs no more")

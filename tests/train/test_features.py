@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +17,7 @@ from mixer.images import decode
 from mixer.sampling import EpochPlan
 from mixer.towers import MixerModel
 from mixer_platform.config import TrainConfig
-from mixer_platform.errors import InputError, MissingError, StorageError
+from mixer_platform.errors import ConfigError, InputError, MissingError, StorageError
 from mixer_platform.storage import open_storage
 from mixer_platform.train.features import FeatureSamples, FeatureWorker
 from mixer_platform.train.feeding import Schedule, batches_of
@@ -211,3 +212,24 @@ def test_a_storage_that_does_not_answer_is_asked_again_for_a_picture(
     errors.append(MissingError("nothing is there"))
     with pytest.raises(MissingError):
         read_picture("gone.png")
+
+
+@pytest.mark.skipif("CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="onnxruntime knows CUDA")
+def test_workers_with_a_gpu_want_an_onnxruntime_that_knows_it(cached: FeatureSamples, workspace: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^train\.gpus_per_worker: this onnxruntime is not made for cuda; install"):
+        FeatureWorker(str(workspace), "features/f/encoders", "mean", TrainConfig(gpus_per_worker=1))
+
+
+@pytest.mark.parametrize("views", [1, 20, 50])
+def test_pictures_are_encoded_alike_however_many_at_once(cached: FeatureSamples, workspace: Path, views: int) -> None:
+    worker = FeatureWorker(str(workspace), "features/f/encoders", "mean", TrainConfig(views=views))
+    rows = pq.read_table(workspace / "samples/v1/train")
+    together = worker(rows)
+    for place in range(len(rows)):
+        alone = worker(rows.slice(place, 1))
+        seen, wanted = (table["views"][row].as_py() for table, row in ((together, place), (alone, 0)))
+        if wanted is None:
+            assert seen is None
+        else:
+            pair = [np.frombuffer(each, np.float16).astype(np.float32) for each in (seen, wanted)]
+            np.testing.assert_allclose(*pair, atol=2e-3)

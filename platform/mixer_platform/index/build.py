@@ -6,6 +6,7 @@ import logging
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,12 +34,20 @@ from mixer_platform.index.choose import (
     training_size,
 )
 from mixer_platform.index.embeddings import Chain, stream, vectors
-from mixer_platform.index.gpu import GPU, require_gpu
-from mixer_platform.index.segments import bytes_per_vector, new_index, reason_of, trained_template, write_segment
+from mixer_platform.index.gpu import GPU, gpu_errors, require_gpu
+from mixer_platform.index.segments import (
+    bytes_per_vector,
+    has_lists,
+    new_index,
+    reason_of,
+    trained_template,
+    write_segment,
+)
 from mixer_platform.item_ids import span
 from mixer_platform.storage import Storage, open_storage
 
 _MOST_THREADS = 16  # of the one task that trains
+_PATIENCE_S = 600  # for a GPU: an autoscaler may have to fetch it
 _MOST_TRIED = 3  # kinds of index that are built whole before giving up
 _log = logging.getLogger(__name__)
 
@@ -58,8 +67,6 @@ def build_shards(
     for a kind of index that FAISS does not make or a GPU that is not there, WishError if no kind is as good as
     wished; nothing is published then.
     """
-    if config.builder_gpus:
-        _find_gpu(config.builder_gpus)
     items = _living(chain)
     each = -(-items // config.shards)
     started = time.monotonic()
@@ -68,9 +75,10 @@ def build_shards(
     shared = ray.put(queries)
     best = 0.0
     for factory in kinds[:_MOST_TRIED]:
-        template = _trained(storage, chain, factory, dim, config.builder_gpus)
-        work = (storage.uri, version, chain, template, shared, config.shards, config.recall_at_10, config.builder_gpus)
-        build = _build_shard.options(num_gpus=config.builder_gpus)
+        gpus = _gpus(factory, dim, config)
+        template = _trained(storage, chain, factory, dim, gpus)
+        work = (storage.uri, version, chain, template, shared, config.shards, config.recall_at_10)
+        build = _task(_build_shard, gpus)
         built = ray.get([build.remote(number, *work) for number in range(config.shards)])
         measured = measure([part.trials for part in built], [part.exact for part in built])
         found = pick(measured, config.recall_at_10, config.latency_ms)
@@ -86,8 +94,7 @@ def build_shards(
 def _trained(storage: Storage, chain: Chain, factory: str, dim: int, gpus: float) -> ray.ObjectRef:
     try:
         wanted = training_size(factory, dim)
-        train = _train.options(num_gpus=gpus)
-        template = train.remote(storage.uri, chain, factory, dim, wanted, _threads(), gpus)
+        template = _task(_train, gpus).remote(storage.uri, chain, factory, dim, wanted, _threads(gpus))
         ray.get(template)  # here, to know what FAISS says of it
     except ValueError as error:  # Ray's errors are of the kind that they wrap
         reason = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
@@ -144,8 +151,7 @@ def _kinds(
     sample = _sample(storage, chain, PILOT)
     exact = exact_top_k(queries, sample, np.arange(len(sample)), K)
     shared = [ray.put(part) for part in (sample, queries, exact)]
-    try_ = _pilot.options(num_gpus=config.builder_gpus)
-    tried = ray.get([try_.remote(kind, *shared, each, config.recall_at_10, config.builder_gpus) for kind in kinds])
+    tried = ray.get([_pilot.remote(kind, *shared, each, config.recall_at_10) for kind in kinds])
     for kind, (short, seconds) in zip(kinds, tried, strict=True):
         _log.info("%-40s %s", kind, f"falls short by {short:.3f}" if short else f"{1e6 * seconds:.0f} us a query")
     order = [kind for _, kind in sorted(zip(tried, kinds, strict=True))]
@@ -164,42 +170,56 @@ def _falls_short(best: float, config: IndexConfig) -> str:
     return f"index: {wish}; allow more memory or time, name another index.factory, or wish less; nothing was published"
 
 
-def _threads() -> int:
+def _threads(gpus: float) -> int:
     """Return how many threads the training may have: CPUs of a node that are idle now, for shards wait for it anyway.
 
     The task asks Ray for one CPU only: if it asked for a whole node, whoever holds a part of it could make it wait.
     """
-    most = max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"])
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = max(node.get("CPU", 1) for node in nodes if node.get("GPU") or not gpus)
     return int(max(1, min(most, ray.available_resources().get("CPU", 1), _MOST_THREADS)))
 
 
-def _find_gpu(share: float) -> None:
+def _gpus(factory: str, dim: int, config: IndexConfig) -> float:
+    """Return the share of a GPU for the tasks that build an index: none for one without lists, of which a GPU would
+    make nothing. Raises ConfigError if the cluster has none to give."""
+    if not config.builder_gpus or not has_lists(factory, dim):
+        return 0
+    looked = _task(require_gpu, config.builder_gpus).remote()
     try:
-        ray.get(ray.remote(require_gpu).options(num_cpus=1, num_gpus=share).remote())
-    except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+        ray.get(looked, timeout=_PATIENCE_S)
+    except ray.exceptions.GetTimeoutError as error:
+        ray.cancel(looked)
+        raise ConfigError(
+            f"index.builder_gpus: the Ray cluster had no GPU to give in {_PATIENCE_S} s; add one, or take 0"
+        ) from error
+    return config.builder_gpus
 
 
-def _gpu(share: float) -> GPU | None:
-    """Return the GPU of which Ray gave this task a share."""
-    return GPU() if share else None
+def _task(function: Callable[..., Any], gpus: float) -> Any:
+    """Return a Ray task of one CPU and a share of a GPU.
+
+    Not by `options`: only of what is given here does Ray know that its process must end with the task. A process keeps
+    the GPU that it began with, and memory of it.
+    """
+    return ray.remote(num_cpus=1, num_gpus=gpus)(function)
 
 
 @ray.remote(num_cpus=1)
 def _pilot(
-    kind: str, sample: np.ndarray, queries: np.ndarray, exact: Neighbours, items: int, recall: float, gpus: float
+    kind: str, sample: np.ndarray, queries: np.ndarray, exact: Neighbours, items: int, recall: float
 ) -> tuple[float, float]:
     use_threads(1)
-    return pilot(kind, sample, queries, exact, items, recall, _gpu(gpus))
+    return pilot(kind, sample, queries, exact, items, recall)
 
 
-@ray.remote(num_cpus=1)
-def _train(uri: str, chain: Chain, factory: str, dim: int, wanted: int, threads: int, gpus: float) -> np.ndarray:
+def _train(uri: str, chain: Chain, factory: str, dim: int, wanted: int, threads: int) -> np.ndarray:
     use_threads(threads)
-    return trained_template(factory, dim, _sample(open_storage(uri), chain, wanted, threads), _gpu(gpus))
+    with gpu_errors():
+        gpu = GPU.of_task()
+        return trained_template(factory, dim, _sample(open_storage(uri), chain, wanted, threads), gpu)
 
 
-@ray.remote(num_cpus=1)
 def _build_shard(
     number: int,
     uri: str,
@@ -209,11 +229,10 @@ def _build_shard(
     queries: np.ndarray,
     shards: int,
     recall: float,
-    gpus: float,
 ) -> _Built:
     """Build, write and try one shard; what it found and should have found travels back with its entry."""
     use_threads(1)
-    gpu, storage, name = _gpu(gpus), open_storage(uri), f"shard-{number:05d}"
+    storage, name = open_storage(uri), f"shard-{number:05d}"
     exact: list[Neighbours] = [
         exact_top_k(queries, np.zeros((0, queries.shape[1]), np.float32), np.zeros(0, np.int64), K)
     ]
@@ -223,7 +242,8 @@ def _build_shard(
             exact.append(exact_top_k(queries, vectors(rows["embedding"]), rows["id"].to_numpy(), K, gpu))
             yield rows
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, gpu_errors():
+        gpu = GPU.of_task()
         entry, index = write_segment(Path(scratch), version, name, template, parts(), gpu=gpu)
         versions.upload(storage, Path(scratch), f"{KIND}/{version}")
     best = merge_top_k(exact, K)

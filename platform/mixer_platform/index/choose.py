@@ -81,13 +81,7 @@ def training_size(factory: str, dim: int) -> int:
 
 
 def pilot(
-    kind: str,
-    sample: np.ndarray,
-    queries: np.ndarray,
-    exact: Neighbours,
-    items: int,
-    recall: float,
-    gpu: GPU | None = None,
+    kind: str, sample: np.ndarray, queries: np.ndarray, exact: Neighbours, items: int, recall: float
 ) -> tuple[float, float]:
     """Build a kind of the sample [n, dim] and ask the queries, whose `exact` neighbours there are known.
 
@@ -98,7 +92,7 @@ def pilot(
     growth = max(1.0, items / len(sample))
     small = kind.replace(f"IVF{number_of_lists(items)}", f"IVF{number_of_lists(len(sample))}")
     wanted = training_size(small, sample.shape[1])
-    index = faiss.deserialize_index(trained_template(small, sample.shape[1], sample[:wanted], gpu))
+    index = faiss.deserialize_index(trained_template(small, sample.shape[1], sample[:wanted]))
     index.add_with_ids(sample, np.arange(len(sample)))
     measured = measure([sweep(index, queries, exact[1], recall)], [exact])
     best = pick(measured, recall)

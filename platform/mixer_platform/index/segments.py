@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from mixer.fast_faiss import faiss
 from mixer_platform.errors import StorageError
 from mixer_platform.index.embeddings import OWN, REPLACES, STATE, TEXT_ONLY, WHOLE, vectors
-from mixer_platform.index.gpu import GPU, add_with_ids
+from mixer_platform.index.gpu import GPU, add_with_ids, cluster_on, coarse_on, failed_on_gpu
 from mixer_platform.s3 import local_errors
 from mixer_platform.segment import SegmentEntry, search_parameters, sha256
 
@@ -28,12 +28,14 @@ def trained_template(factory: str, dim: int, sample: np.ndarray, gpu: GPU | None
     try:
         index = new_index(factory, dim)
         if not index.is_trained:
-            if gpu and (ivf := faiss.try_extract_index_ivf(index)):
-                ivf.clustering_index = gpu.copy(faiss.IndexFlatIP(ivf.d))
+            clustering = cluster_on(gpu, index) if gpu else None
             index.train(np.ascontiguousarray(sample, np.float32))
+            del clustering
         template = faiss.serialize_index(index)
         _try(template, np.ascontiguousarray(sample[:64], np.float32))
     except RuntimeError as error:
+        if failed_on_gpu(error):
+            raise
         raise ValueError(f"FAISS refuses {factory!r}: {reason_of(error)}") from error
     return template
 
@@ -52,6 +54,11 @@ def new_index(factory: str, dim: int) -> faiss.IndexIDMap:
     return index
 
 
+def has_lists(factory: str, dim: int) -> bool:
+    """Return whether an index of this kind is an IVF below its other layers."""
+    return faiss.try_extract_index_ivf(new_index(factory, dim)) is not None
+
+
 def write_segment(
     folder: Path,
     version: str,
@@ -67,12 +74,14 @@ def write_segment(
     disk is full.
     """
     index = faiss.deserialize_index(template)
-    ivf = faiss.try_extract_index_ivf(index) if gpu else None
-    lists = gpu.copy(ivf.quantizer) if gpu and ivf else None
+    coarse = coarse_on(gpu, index) if gpu else None
     shown = []
     for rows in parts:
         added = vectors(rows["embedding"]), rows["id"].to_numpy()
-        add_with_ids(index, *added, lists) if lists else index.add_with_ids(*added)
+        if coarse:
+            add_with_ids(index, *added, coarse)
+        else:
+            index.add_with_ids(*added)
         hidden = [column for column in OWN if column != _SHOWN_BESIDE and column in rows.column_names]
         shown.append(rows.drop_columns(hidden))
     tables = {f"{name}.arrow": pa.concat_tables(shown, promote_options="default") if shown else _NOTHING}

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +28,17 @@ from mixer.targets import concatenate, pool_evidence
 from mixer.towers import MixerModel, Towers
 from mixer.training import Batch
 from mixer_platform import versions
+from mixer_platform.ahead import ahead
 from mixer_platform.config import TrainConfig
 from mixer_platform.errors import ConfigError
 from mixer_platform.storage import Storage, open_storage
 from mixer_platform.train.labels import LABELS, in_training_order, read_labels
-from mixer_platform.train.pictures import read_picture
+from mixer_platform.train.pictures import LEAST_THREADS, read_picture
 from mixer_platform.train.start import starting_model
 
 KIND = "features"
 _BLOCK_ROWS, _BATCH_ROWS = 64, 32
-_AT_ONCE = 32  # pictures that a graph encodes
+_AT_ONCE = 32  # pictures that a graph encodes, all views counted
 _log = logging.getLogger(__name__)
 
 
@@ -86,7 +89,7 @@ class FeatureWorker:
         self.pooling, self.views, self.seed = pooling, train.views, train.seed
         threads = max(1, int(train.cpus_per_worker))
         device: Device = "cuda" if train.gpus_per_worker else "cpu"
-        self.readers = ThreadPoolExecutor(threads)
+        self.readers = ThreadPoolExecutor(max(LEAST_THREADS, threads))
         with tempfile.TemporaryDirectory() as scratch:
             folder = versions.fetch(open_storage(uri), encoders, scratch)
             try:
@@ -97,16 +100,25 @@ class FeatureWorker:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pylist()
-        seen = self._encode(list(self.readers.map(self._views, rows)))
         items = [row for row in rows if row["kind"] == "item"]
-        tokens = self._tokens([row["text"] for row in items])
+        tokens = iter(self._tokens([row["text"] for row in items]))
         columns: dict[str, Any] = {name: batch[name] for name in LABELS}
-        columns["views"] = pa.array(
-            [self._stored(row["kind"], patches) for row, patches in zip(rows, seen, strict=True)], pa.binary()
-        )
-        encoded = iter(tokens)
-        columns["tokens"] = pa.array([next(encoded) if row["kind"] == "item" else None for row in rows], pa.binary())
+        columns["views"] = pa.array(self._encoded(rows), pa.binary())
+        columns["tokens"] = pa.array([next(tokens) if row["kind"] == "item" else None for row in rows], pa.binary())
         return pa.table(columns)
+
+    def _encoded(self, rows: list[dict[str, Any]]) -> Iterator[bytes | None]:
+        """Yield photos as pooled float16 [views, width] and items as patches [views, patches, width]; the next pictures
+        are read while some are encoded."""
+        at_once = max(1, _AT_ONCE // self.views)
+        pictures = ahead(self.readers, self._views, rows, 2 * at_once)
+        for start in range(0, len(rows), at_once):
+            part = rows[start : start + at_once]
+            views = list(islice(pictures, len(part)))
+            there = [each for each in views if each is not None]
+            patches = iter(np.split(self.images(np.concatenate(there)), len(there)) if there else [])
+            for row, each in zip(part, views, strict=True):
+                yield None if each is None else self._stored(row["kind"], next(patches))
 
     def _views(self, row: dict[str, Any]) -> np.ndarray | None:
         """Return uint8 [views, size, size, 3]; the first view is the picture as it is."""
@@ -118,21 +130,7 @@ class FeatureWorker:
         augmented = [picture, *(augment(picture, rng) for _ in range(self.views - 1))]
         return np.stack([self.images.preprocess(view) for view in augmented])
 
-    def _encode(self, pictures: list[np.ndarray | None]) -> list[np.ndarray | None]:
-        """Return float32 [views, patches, width] of each picture that is there; they are encoded together."""
-        there = [each for each in pictures if each is not None]
-        if not there:
-            return pictures
-        pixels = np.concatenate(there)
-        starts = range(0, len(pixels), _AT_ONCE)
-        patches = np.concatenate([self.images(pixels[start : start + _AT_ONCE]) for start in starts])
-        encoded = iter(patches.reshape(len(there), self.views, *patches.shape[1:]))
-        return [each if each is None else next(encoded) for each in pictures]
-
-    def _stored(self, kind: str, patches: np.ndarray | None) -> bytes | None:
-        """Return photos as pooled float16 [views, width], items as patches [views, patches, width]."""
-        if patches is None:
-            return None
+    def _stored(self, kind: str, patches: np.ndarray) -> bytes:
         if kind == "query":
             patches = patches.mean(axis=1) if self.pooling == "mean" else patches[:, 0]
         return patches.astype(np.float16).tobytes()

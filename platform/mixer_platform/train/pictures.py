@@ -20,7 +20,7 @@ from mixer_platform.patience import patiently
 from mixer_platform.storage import open_storage, read_uri
 from mixer_platform.train.labels import in_training_order, read_labels
 
-_LEAST_THREADS = 4  # also of a worker with one CPU: while one waits for the storage, others decode
+LEAST_THREADS = 4  # also of a worker with one CPU: while one waits for the storage, others decode
 
 
 def read_picture(uri: str) -> Image.Image:
@@ -47,7 +47,7 @@ class PictureSamples:
         self._images, self._texts = rows["image"].to_pylist(), rows["text"].to_pylist()
         self._preprocess, self._tokenizer = preprocess, tokenizer
         self.views = np.iinfo(np.int32).max  # as many as are asked for
-        self._seed, self._threads = seed, ThreadPoolExecutor(max(_LEAST_THREADS, threads))
+        self._seed, self._threads = seed, ThreadPoolExecutor(max(LEAST_THREADS, threads))
 
     def batch(self, rows: np.ndarray, plan: EpochPlan) -> Batch:
         """Return the batch of these samples: view 0 is the picture as it is, any other number an augmented one."""
