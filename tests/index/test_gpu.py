@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 
 from mixer.fast_faiss import faiss
 from mixer.metrics import recall_of_neighbours
@@ -97,6 +98,8 @@ def test_a_gpu_that_faiss_cannot_use_is_one_clear_sentence() -> None:
 def test_a_cluster_without_a_gpu_is_waited_for_and_then_one_clear_sentence(
     ray_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if ray.cluster_resources().get("GPU"):
+        pytest.skip("the cluster has a GPU")
     monkeypatch.setattr(build, "_PATIENCE_S", 1)
     config = IndexConfig(builder_gpus=0.5)
     with pytest.raises(ConfigError, match=r"^index\.builder_gpus: the Ray cluster had no GPU to give in 1 s; add one"):
