@@ -81,6 +81,8 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, default=1_000_000, help="a multiple of 50,000")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of the CPU, with and without a GPU")
     arguments = parser.parse_args()
+    if arguments.vectors <= 0 or arguments.vectors % PART:
+        parser.error(f"--vectors {arguments.vectors}: not a multiple of {PART}")
     use_threads(arguments.threads)
     devices: dict[str, GPU | None] = {"cpu": None}
     try:
