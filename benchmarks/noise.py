@@ -62,7 +62,7 @@ def marketplace(folder: Path, level: float, things: int | None) -> tuple[str, fl
 
 def moved_clicks(data: str, folder: Path, share: float) -> tuple[str, float]:
     """Write the marketplace `data` once more, a share of its clicks moved; return the new folder and what was moved."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for path in Path(data).absolute().iterdir():
         if not path.name.startswith("logs"):
             (folder / path.name).symlink_to(path)

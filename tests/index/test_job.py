@@ -234,6 +234,26 @@ def test_many_updates_are_compacted_by_themselves(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"factory": "IVF2,PQ2x4", "recall_at_10": 0.99}, WishError, r"index: recall@10 is 0\.\d+ at most, and"),
+        ({"factory": "IVF2,Fla"}, ConfigError, "index.factory: FAISS refuses 'IVF2,Fla'"),
+        ({"factory": "IVF4096,Flat"}, ConfigError, "index.factory: "),  # which a task says, of so few items
+    ],
+)
+def test_an_update_that_cannot_be_compacted_is_served_and_says_so(
+    shop: Shop, settings: dict, error: type[Exception], message: str
+) -> None:
+    built = build(shop.config)
+    shop.config = shop.with_index(**settings)
+    with pytest.raises(error, match=f"the update is served as (.*), but cannot be compacted: {message}") as raised:
+        update(shop.changes("all", [shop.item(number, seed=400 + number) for number in range(20)]))
+    served = read_manifest(shop.storage).version
+    assert f"served as {served}," in str(raised.value)
+    assert served != built["version"]
+
+
+@pytest.mark.parametrize(
     ("items", "deleted", "message"),
     [
         ([{"item_id": "i1", "title": "x"}], ["i1"], "item 'i1' is both in items and in deleted; keep one of them"),

@@ -13,8 +13,9 @@ import numpy as np
 from mixer.embedder import QUERY_GRAPH, SETTINGS, QueryEmbedder
 from mixer.images import UnreadableImage, decode
 from mixer_platform import versions
+from mixer_platform.cli import mixer_error_in
 from mixer_platform.config import RunConfig
-from mixer_platform.errors import InputError, StorageError, WishError
+from mixer_platform.errors import InputError, StorageError
 from mixer_platform.gallery import CURRENT, KIND, IndexManifest, check_model, read_manifest
 from mixer_platform.index import embeddings
 from mixer_platform.index.build import build_shards
@@ -86,8 +87,12 @@ def _compacted_if_due(manifest: dict[str, Any], config: RunConfig) -> dict[str, 
     _log.info("%d updates, %.3f of the index: compacting", updates, updated_share(index))
     try:
         compacted = compact(config)
-    except WishError as error:
-        raise WishError(f"the update is served as {index.version}, but cannot be compacted: {error}") from error
+    except Exception as error:
+        cause = mixer_error_in(error)
+        if cause is None:
+            raise
+        sentence = f"the update is served as {index.version}, but cannot be compacted: {cause}"
+        raise type(cause)(sentence) from error
     return {**compacted, "changes": manifest.get("changes"), "updated": index.version}
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mixer_platform import versions
+from mixer_platform.ahead import ahead
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import StorageError, VersionError
 from mixer_platform.gallery import (
@@ -20,6 +22,7 @@ from mixer_platform.gallery import (
     KIND,
     IndexManifest,
     Shard,
+    ShardEntry,
     current_version,
     publish_current,
     read_manifest,
@@ -30,6 +33,7 @@ from mixer_platform.item_ids import span
 from mixer_platform.storage import Storage, open_storage
 
 PUBLICATIONS = "publications"  # what was served when, each with what it followed: <milliseconds>-<version>.json
+_SHARDS_AT_ONCE = 4  # that are checked: each may take its size on disk meanwhile
 _log = logging.getLogger(__name__)
 
 
@@ -191,9 +195,14 @@ def _verified(storage: Storage, version: str) -> IndexManifest:
             f"index {manifest.version} says it was built by model {manifest.model}, its embeddings "
             f"{manifest.embeddings} by {', '.join(sorted(made_by))}: run jobs/index.py build"
         )
-    for shard in manifest.shards:
+
+    def load(shard: ShardEntry) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             Shard(segment_folders(storage, shard, scratch), shard, manifest.search, mapped=True)
+
+    with ThreadPoolExecutor(_SHARDS_AT_ONCE) as threads:
+        for _ in ahead(threads, load, manifest.shards, _SHARDS_AT_ONCE):
+            pass
     if manifest.items != (found := sum(shard.count for shard in manifest.shards)):
         raise StorageError(f"index {manifest.version}: holds {found} items, not {manifest.items}; build it again")
     return manifest
