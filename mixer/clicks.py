@@ -6,6 +6,7 @@ Pure functions over Arrow tables; every rate is estimated from the logs themselv
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,10 +25,13 @@ COUNTS = pa.schema(
         ("log_dwell_squared", pa.float64()),  # sum of ln(dwell_ms)^2
     ]
 )
-_EM_ROUNDS = 50
-_PRIOR_CLICKS, _PRIOR_VIEWS = 0.2, 2.0  # imagined on every pair, so that few views say little of where people look
+_EM_ROUNDS = 1000
+_SETTLED = 1e-5  # change of examined and rates in a round
+_MOST_ROWS = 1_000_000  # that the model is fitted to; it has few parameters
 # Imagined looks at items wanted and not, and the clicks on them: what holds where the logs show no contrast.
 _PRIOR_LOOKS, _PRIOR_WANTED, _PRIOR_UNWANTED = 20.0, 8.0, 1.0
+_PRIOR_VIEWS = 20.0  # imagined of each position, looked at as often as EM begins with
+_PRIOR_PLACED = 20.0  # imagined pairs, wanted and not, that stand where all do
 _TINY = 1e-9
 
 
@@ -46,60 +50,44 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class ClickModel:
-    """Clicks as a mixture of two behaviours; `share` of the pairs shown are wanted ones."""
+    """Clicks as a mixture of two behaviours; `share` of the pairs shown are wanted ones.
+
+    examined: probability that a position is looked at, relative to the one that is shown most, [positions]. standing:
+    what the engine's own order says, ln P(place | wanted) - ln P(place | not), in nats, [positions]; an item's place
+    is the mean of its positions.
+    """
 
     wanted: Behaviour
     unwanted: Behaviour
     share: float
+    examined: np.ndarray
+    standing: np.ndarray
 
 
-def examination(counts: pa.Table, rounds: int = 30) -> np.ndarray:
-    """Return the probability that a position is looked at, relative to the first, [positions].
+class _Events(NamedTuple):
+    """Counts as arrays: pair, position, clicks and views of each row; place and sums over positions of each pair."""
 
-    EM on P(click) = examined(position) * attractive(query, item), the position-based model of Craswell et al., "An
-    experimental comparison of click position-bias models", WSDM 2008.
+    pair: np.ndarray
+    position: np.ndarray
+    clicks: np.ndarray
+    views: np.ndarray
+    place: np.ndarray
+    sums: dict[str, np.ndarray]
+
+
+def fit_click_model(counts: pa.Table) -> ClickModel:
+    """Estimate from the logs how people act towards what they want and what they do not, where they look and where the
+    engine puts what they want; what the logs do not hold (dwell, purchases, impressions) tells nothing.
+
+    EM on P(click) = examined(position) * rate(wanted or not), the position-based model of Craswell et al., "An
+    experimental comparison of click position-bias models", WSDM 2008, of which the attractiveness has two values. A
+    place where few clicks are is looked at by few or holds little that is wanted: dwell and purchases tell which.
+
+    `counts` must be in the order of query_id and item_id.
     """
-    pair = pair_codes(counts)
-    position = counts["position"].to_numpy()
-    clicks, views = clicks_and_views(counts)
-    positions, pairs = int(position.max(initial=-1)) + 1, int(pair.max(initial=-1)) + 1
-    examined = np.linspace(1.0, 0.3, positions)
-    attractive = np.full(pairs, _PRIOR_CLICKS / _PRIOR_VIEWS)
-    seen = np.maximum(np.bincount(position, views, positions), _TINY)
-    shown = np.bincount(pair, views, pairs) + _PRIOR_VIEWS
-    for _ in range(rounds):
-        at, of = examined[position], attractive[pair]
-        unclicked = (views - clicks) / np.maximum(1 - at * of, _TINY)
-        examined = np.bincount(position, clicks + unclicked * at * (1 - of), positions) / seen
-        examined = np.clip(examined / max(examined.max(initial=0), _TINY), 1e-6, 1.0)
-        attractive = np.bincount(pair, clicks + unclicked * of * (1 - at), pairs) + _PRIOR_CLICKS
-        attractive = np.clip(attractive / shown, 0.0, 1.0)
-    return examined
-
-
-def pair_statistics(counts: pa.Table, examined: np.ndarray) -> pa.Table:
-    """Sum the counts over positions: query_id, item_id, looks (views that were looked at), clicks, purchases, dwells...
-
-    `counts` must be in the order of query_id and item_id; so is what returns. Logs without any impression say what was
-    clicked but not what was passed over: then every click on a photo counts as a look at all that was clicked for it.
-    """
-    pair = pair_codes(counts)
-    clicks, views = clicks_and_views(counts)
-    looks = views * examined[counts["position"].to_numpy()]
-    if not counts["impressions"].to_numpy().any():
-        query, first = np.cumsum(begins(counts["query_id"])) - 1, np.diff(pair, prepend=-1) != 0
-        looks = np.where(first, np.bincount(query, clicks)[query] if len(query) else clicks, 0.0)
-    columns = {"looks": looks}
-    columns |= {name: counts[name].to_numpy() for name in COUNTS.names[4:]}
-    pairs = counts.select(["query_id", "item_id"]).filter(pa.array(np.diff(pair, prepend=-1) != 0))
-    for name, values in columns.items():
-        pairs = pairs.append_column(name, pa.array(np.bincount(pair, values, len(pairs))))
-    return pairs
-
-
-def fit_click_model(pairs: pa.Table) -> ClickModel:
-    """Estimate the two behaviours and their share by EM; what the logs do not hold (dwell, purchases) tells nothing."""
-    whole = _behaviour(pairs, np.ones(len(pairs)), _PRIOR_UNWANTED)
+    events = _events(_some_photos(counts))
+    guess = np.linspace(1.0, 0.3, int(events.position.max(initial=-1)) + 1)
+    whole = _behaviour(events, np.ones(len(events.place)), _looked(events, guess, 0.0), _PRIOR_UNWANTED)
     spread = whole.dwell_deviation / 2
     model = ClickModel(
         Behaviour(
@@ -107,25 +95,41 @@ def fit_click_model(pairs: pa.Table) -> ClickModel:
         ),
         Behaviour(whole.rate / 2, whole.dwell_mean - spread, whole.dwell_deviation, whole.bought / 2),
         share=0.05,
+        examined=guess,
+        standing=np.zeros(len(guess)),
     )
     for _ in range(_EM_ROUNDS):
-        logit = evidence(pairs, model) + np.log(model.share / (1 - model.share))
-        wanted = 1 / (1 + np.exp(-np.clip(logit, -50, 50)))
-        share = float(np.clip(wanted.mean(), 1e-4, 1 - 1e-4)) if len(pairs) else model.share
-        model = ClickModel(
-            _behaviour(pairs, wanted, _PRIOR_WANTED), _behaviour(pairs, 1 - wanted, _PRIOR_UNWANTED), share
+        odds = _evidence(events, model) + model.standing[events.place] + np.log(model.share / (1 - model.share))
+        wanted = 1 / (1 + np.exp(-np.clip(odds, -50, 50)))
+        looks = [_looked(events, model.examined, each.rate) for each in (model.wanted, model.unwanted)]
+        before, model = (
+            model,
+            ClickModel(
+                _behaviour(events, wanted, looks[0], _PRIOR_WANTED),
+                _behaviour(events, 1 - wanted, looks[1], _PRIOR_UNWANTED),
+                share=float(np.clip(wanted.mean(), 1e-4, 1 - 1e-4)) if len(wanted) else model.share,
+                examined=_examined(events, looks[1] + wanted[events.pair] * (looks[0] - looks[1]), guess),
+                standing=_standing(events, wanted, len(guess)),
+            ),
         )
+        if _change(before, model) < _SETTLED:
+            break
     if model.wanted.rate < model.unwanted.rate:
-        model = ClickModel(model.unwanted, model.wanted, 1 - model.share)
+        model = ClickModel(model.unwanted, model.wanted, 1 - model.share, model.examined, -model.standing)
     return model
 
 
-def evidence(pairs: pa.Table, model: ClickModel) -> np.ndarray:
-    """Return ln P(events | wanted) - ln P(events | not), in nats, of each of `pair_statistics`' pairs, [pairs].
+def evidence(counts: pa.Table, model: ClickModel) -> pa.Table:
+    """Return query_id, item_id, clicks, evidence and standing of each pair, in the order of counts.
 
-    Looks without a click speak too: for a wanted item they are rare.
+    evidence: ln P(events | wanted) - ln P(events | not), in nats. Looks without a click speak too: for a wanted item
+    they are rare. standing: the same of its place.
     """
-    return _log_likelihood(pairs, model.wanted) - _log_likelihood(pairs, model.unwanted)
+    events = _events(counts)
+    pairs = counts.select(["query_id", "item_id"]).filter(pa.array(np.diff(pair_codes(counts), prepend=-1) != 0))
+    pairs = pairs.append_column("clicks", pa.array(events.sums["clicks"]))
+    pairs = pairs.append_column("evidence", pa.array(_evidence(events, model)))
+    return pairs.append_column("standing", pa.array(model.standing[events.place]))
 
 
 def pair_codes(table: pa.Table) -> np.ndarray:
@@ -145,14 +149,65 @@ def clicks_and_views(counts: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return clicks, np.maximum(counts["impressions"].to_numpy().astype(float), clicks)
 
 
-def _behaviour(pairs: pa.Table, weight: np.ndarray, prior: float) -> Behaviour:
-    total = {name: float((weight * pairs[name].to_numpy()).sum()) for name in pairs.column_names[2:]}
+def _some_photos(counts: pa.Table) -> pa.Table:
+    """Return the rows of every n-th photo, about `_MOST_ROWS` at most."""
+    nth = -(-len(counts) // _MOST_ROWS)
+    photo = np.cumsum(begins(counts["query_id"])) - 1
+    return counts.filter(pa.array(photo % nth == 0)) if nth > 1 else counts
+
+
+def _change(before: ClickModel, after: ClickModel) -> float:
+    rates = [abs(getattr(after, kind).rate - getattr(before, kind).rate) for kind in ("wanted", "unwanted")]
+    return max(*rates, np.abs(after.examined - before.examined).max(initial=0))
+
+
+def _events(counts: pa.Table) -> _Events:
+    """Logs without any impression say what was clicked but not what was passed over, or where: then every click on a
+    photo counts as a look at all that was clicked for it."""
+    pair, position = pair_codes(counts), counts["position"].to_numpy()
+    clicks, views = clicks_and_views(counts)
+    pairs = int(pair.max(initial=-1)) + 1
+    sums = {name: np.bincount(pair, counts[name].to_numpy(), pairs) for name in COUNTS.names[4:]}
+    if not counts["impressions"].to_numpy().any():
+        query = (np.cumsum(begins(counts["query_id"])) - 1)[np.diff(pair, prepend=-1) != 0]
+        clicks, views = sums["clicks"], np.bincount(query, sums["clicks"])[query] if pairs else sums["clicks"]
+        pair, position = np.arange(pairs), np.zeros(pairs, int)
+    place = np.bincount(pair, views * position, pairs) / np.maximum(np.bincount(pair, views, pairs), _TINY)
+    return _Events(pair, position, clicks, views, np.rint(place).astype(int), sums)
+
+
+def _looked(events: _Events, examined: np.ndarray, rate: float) -> np.ndarray:
+    """Return how many of each row's views are likely to have been looked at, if its item is clicked at that rate."""
+    at = examined[events.position]
+    return events.clicks + (events.views - events.clicks) * at * (1 - rate) / (1 - at * rate)
+
+
+def _examined(events: _Events, looks: np.ndarray, guess: np.ndarray) -> np.ndarray:
+    views = np.bincount(events.position, events.views, len(guess))
+    share = np.bincount(events.position, looks, len(guess)) + _PRIOR_VIEWS * guess
+    share /= views + _PRIOR_VIEWS
+    return np.clip(share / share[views.argmax()], 1e-6, 1.0) if len(share) else share
+
+
+def _standing(events: _Events, wanted: np.ndarray, positions: int) -> np.ndarray:
+    placed = np.bincount(events.place, minlength=positions)
+    prior = _PRIOR_PLACED * placed / max(len(wanted), 1)
+    found, rest = (
+        (np.bincount(events.place, each, positions) + prior) / (each.sum() + _PRIOR_PLACED)
+        for each in (wanted, 1 - wanted)
+    )
+    return np.log(np.divide(found, rest, out=np.ones(positions), where=placed > 0))
+
+
+def _behaviour(events: _Events, weight: np.ndarray, looks: np.ndarray, prior: float) -> Behaviour:
+    """Return the behaviour of pairs by how much they count, [pairs]; `looks` [rows]."""
+    # Not by products of BLAS, whose threads add in any order.
+    total = {name: float((weight * values).sum()) for name, values in events.sums.items()}
     dwells = max(total["dwells"], _TINY)
     mean = total["log_dwell"] / dwells
     deviation = np.sqrt(max(total["log_dwell_squared"] / dwells - mean**2, 1e-2))
-    bought = (weight * _purchases(pairs)).sum() / max(total["clicks"], _TINY)
-    looks = np.maximum(pairs["looks"].to_numpy(), pairs["clicks"].to_numpy())
-    rate = (total["clicks"] + prior) / ((weight * looks).sum() + _PRIOR_LOOKS)
+    bought = (weight * _purchases(events)).sum() / max(total["clicks"], _TINY)
+    rate = (total["clicks"] + prior) / ((weight[events.pair] * looks).sum() + _PRIOR_LOOKS)
     return Behaviour(_chance(rate), mean, float(deviation), _chance(bought))
 
 
@@ -161,17 +216,27 @@ def _chance(value: float) -> float:
     return float(np.clip(value, 1e-4, 0.95))
 
 
-def _log_likelihood(pairs: pa.Table, behaviour: Behaviour) -> np.ndarray:
-    """Clicks are binomial in the looks, dwell times log-normal, purchases binomial in the clicks."""
-    clicks, looks, dwells = (pairs[name].to_numpy() for name in ("clicks", "looks", "dwells"))
-    total = clicks * np.log(behaviour.rate) + np.maximum(looks - clicks, 0) * np.log1p(-behaviour.rate)
+def _evidence(events: _Events, model: ClickModel) -> np.ndarray:
+    return _log_likelihood(events, model.wanted, model.examined) - _log_likelihood(
+        events, model.unwanted, model.examined
+    )
+
+
+def _log_likelihood(events: _Events, behaviour: Behaviour, examined: np.ndarray) -> np.ndarray:
+    """Clicks are binomial in the views, dwell times log-normal, purchases binomial in the clicks, [pairs].
+
+    Up to what is the same for both behaviours.
+    """
+    clicks, dwells = events.sums["clicks"], events.sums["dwells"]
+    passed_over = (events.views - events.clicks) * np.log1p(-examined[events.position] * behaviour.rate)
+    total = clicks * np.log(behaviour.rate) + np.bincount(events.pair, passed_over, len(clicks))
     mean, deviation = behaviour.dwell_mean, behaviour.dwell_deviation
-    squares = pairs["log_dwell_squared"].to_numpy() - 2 * mean * pairs["log_dwell"].to_numpy() + dwells * mean**2
+    squares = events.sums["log_dwell_squared"] - 2 * mean * events.sums["log_dwell"] + dwells * mean**2
     total -= dwells * np.log(deviation) + squares / (2 * deviation**2)
-    bought = _purchases(pairs)
+    bought = _purchases(events)
     return total + bought * np.log(behaviour.bought) + (clicks - bought) * np.log1p(-behaviour.bought)
 
 
-def _purchases(pairs: pa.Table) -> np.ndarray:
+def _purchases(events: _Events) -> np.ndarray:
     """A cart and a purchase after one click count once."""
-    return np.minimum(pairs["purchases"].to_numpy(), pairs["clicks"].to_numpy())
+    return np.minimum(events.sums["purchases"], events.sums["clicks"])

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
-from mixer.clicks import COUNTS, ClickModel, begins, evidence, examination, fit_click_model, pair_statistics
+from mixer.clicks import COUNTS, ClickModel, begins, evidence, fit_click_model
 from mixer.multicut import greedy_multicut
 
 _MOST_PAIRS = 1_000_000  # of items, that teach what titles are worth
@@ -46,12 +46,11 @@ class Labels:
     items: item_id, class_id. queries, those with a click: query_id, class_id (the likeliest), confidence (its
     probability), candidates (list of class_id), evidence (list, nats for each candidate: ln P(events | the photo shows
     it) - ln P(events | it does not)), unseen (nats of every other class: negative, for an engine that is any good shows
-    what is in the photo). examination: as `mixer.clicks.examination`. model: the click model that was fitted.
+    what is in the photo). model: the click model that was fitted.
     """
 
     items: pa.Table
     queries: pa.Table
-    examination: np.ndarray
     model: ClickModel
 
 
@@ -66,16 +65,18 @@ def organise(counts: pa.Table, items: pa.Table, config: LabelingConfig) -> Label
     # In one order whatever order the rows came in: sums are then the same to the bit, and ties fall alike.
     order = [(name, "ascending") for name in ("query_id", "item_id", "position")]
     counts = counts.select(COUNTS.names).cast(COUNTS).sort_by(order)
-    examined = examination(counts)
-    pairs = pair_statistics(counts, examined)
-    model = fit_click_model(pairs)
-    clicked = pairs["query_id"].filter(pc.greater(pairs["clicks"], 0)).unique()
-    pairs = pairs.select(["query_id", "item_id"]).append_column("evidence", pa.array(evidence(pairs, model)))
+    model = fit_click_model(counts)
+    pairs = evidence(counts, model)
     together = same_thing_evidence(pairs, model.share, config.trust)
     alike = title_similarity(items, config.common_words) if config.titles else together.slice(0, 0)
     classes = cluster_items(together, alike.rename_columns([*PAIR, "similarity"]), items["item_id"], config)
+    # An engine takes a thing for another in every photo of it: its order is evidence for a photo, not for what is one.
+    clicked = pairs["query_id"].filter(pc.greater(pairs["clicks"], 0)).unique()
     asked = pairs.filter(pc.is_in(pairs["query_id"], clicked))
-    return Labels(classes, photo_evidence(asked, classes, config.candidates), examined, model)
+    asked = asked.select(["query_id", "item_id"]).append_column(
+        "evidence", pc.add(asked["evidence"], asked["standing"])
+    )
+    return Labels(classes, photo_evidence(asked, classes, config.candidates), model)
 
 
 PAIR = ("left", "right")

@@ -9,16 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mixer.clicks import (
-    COUNTS,
-    Behaviour,
-    ClickModel,
-    clicks_and_views,
-    evidence,
-    examination,
-    fit_click_model,
-    pair_statistics,
-)
+from mixer.clicks import COUNTS, Behaviour, ClickModel, clicks_and_views, evidence, fit_click_model
 
 EXAMINATION = 0.75 ** np.arange(8)
 WANTED = Behaviour(rate=0.4, dwell_mean=9.2, dwell_deviation=0.8, bought=0.25)
@@ -49,22 +40,20 @@ def simulated(attractive: np.ndarray, views: int, seed: int = 0) -> pa.Table:
     return counts_of(rows)
 
 
-def drawn_pairs(count: int, share: float, seed: int = 0, dwell: bool = True, bought: bool = True) -> tuple:
-    """Return pair statistics drawn from WANTED and UNWANTED, and which pairs are wanted."""
+def drawn_counts(count: int, share: float, seed: int = 0, dwell: bool = True, bought: bool = True) -> tuple:
+    """Return counts of pairs at the first position drawn from WANTED and UNWANTED, and which pairs are wanted."""
     rng = np.random.default_rng(seed)
-    wanted = rng.random(count) < share
-    rows = collections.defaultdict(list)
+    wanted, rows = rng.random(count) < share, []
     for pair, is_wanted in enumerate(wanted):
         behaviour = WANTED if is_wanted else UNWANTED
-        looks = rng.uniform(1, 30)
-        clicks = rng.binomial(int(looks), behaviour.rate)
+        views = int(rng.integers(1, 30))
+        clicks = rng.binomial(views, behaviour.rate)
         times = rng.normal(behaviour.dwell_mean, behaviour.dwell_deviation, clicks if dwell else 0)
-        values = (f"q{pair}", f"i{pair}", looks, clicks, rng.binomial(clicks, behaviour.bought) if bought else 0)
-        for name, value in zip(("query_id", "item_id", "looks", "clicks", "purchases"), values, strict=True):
-            rows[name].append(value)
-        for name, value in (("dwells", len(times)), ("log_dwell", times.sum()), ("log_dwell_squared", times @ times)):
-            rows[name].append(float(value))
-    return pa.table(dict(rows)), wanted
+        purchases = rng.binomial(clicks, behaviour.bought) if bought else 0
+        rows.append(
+            (f"q{pair:05}", "i", 0, views, clicks, purchases, len(times), float(times.sum()), float(times @ times))
+        )
+    return counts_of(rows), wanted
 
 
 def test_em_recovers_the_examination_curve_where_click_rates_do_not() -> None:
@@ -73,108 +62,161 @@ def test_em_recovers_the_examination_curve_where_click_rates_do_not() -> None:
     clicks, views = clicks_and_views(counts)
     at = counts["position"].to_numpy()
     rates = np.bincount(at, clicks) / np.bincount(at, views)
-    found = examination(counts, rounds=300)
+    found = fit_click_model(counts).examined
     assert np.abs(found - EXAMINATION).max() < 0.06
     assert np.abs(rates / rates[0] - EXAMINATION).max() > 0.15, "the simulation has no position bias to recover"
 
 
-def naive_examination(rows: list[tuple], rounds: int) -> list[float]:
+def test_a_few_pages_a_photo_are_enough_to_tell_looking_from_the_engines_order() -> None:
+    """An engine that shows the same page each time, the wanted item most often on top, and shoppers who say no more
+    than clicks."""
+    rng = np.random.default_rng(0)
+    rows, wanted = [], []
+    for query in range(4000):
+        right = min(rng.geometric(0.5) - 1, 7)
+        views = int(rng.integers(1, 8))
+        for place in range(8):
+            chance = EXAMINATION[place] * (0.6 if place == right else 0.1)
+            rows.append((f"q{query:04}", f"i{place}", place, views, int(rng.binomial(views, chance))))
+            wanted.append(place == right)
+    counts, truth = counts_of(rows), np.reshape(wanted, (-1, 8))
+    model = fit_click_model(counts)
+    assert np.abs(model.examined - EXAMINATION).max() < 0.1
+    assert (model.wanted.rate, model.unwanted.rate) == pytest.approx((0.6, 0.1), rel=0.1)
+    placed = np.log(truth.mean(0) / truth.sum()) - np.log((~truth).mean(0) / (~truth).sum())
+    np.testing.assert_allclose(model.standing[:5], placed[:5], atol=0.5)
+    pairs = evidence(counts, model)
+    clicks = np.reshape(pairs["evidence"], (-1, 8))
+    both = clicks + np.reshape(pairs["standing"], (-1, 8))
+    right, by_clicks = ((each.argmax(1) == truth.argmax(1)).mean() for each in (both, clicks))
+    assert right > by_clicks + 0.02
+    found = 1 / (1 + np.exp(-(both + np.log(model.share / (1 - model.share)))))
+    assert found.sum(1).mean() == pytest.approx(1.0, abs=0.05), "one of a page's items is wanted"
+
+
+def naive_em(rows: list[tuple], rounds: int) -> tuple[float, float, list[float], list[float], float]:
+    """Return the rates of wanted and unwanted items, examined, standing and share; no dwell, no purchases."""
     positions = 1 + max(row[2] for row in rows)
     pairs = sorted({row[:2] for row in rows})
-    examined = [1 - 0.7 * k / (positions - 1) for k in range(positions)]
-    attractive = dict.fromkeys(pairs, 0.1)
+    seen = {pair: sum(max(row[3:]) for row in rows if row[:2] == pair) for pair in pairs}
+    place = {pair: round(sum(row[2] * max(row[3:]) for row in rows if row[:2] == pair) / seen[pair]) for pair in pairs}
+    shown = [sum(max(row[3:]) for row in rows if row[2] == at) for at in range(positions)]
+    examined = [1 - 0.7 * at / (positions - 1) for at in range(positions)]
+    clicked = sum(row[4] for row in rows)
+    looked = sum(row[4] + (max(row[3:]) - row[4]) * examined[row[2]] for row in rows)
+    rate = (clicked + 1) / (looked + 20)
+    yes, no, share, standing = min(4 * rate, 0.95), rate / 2, 0.05, [0.0] * positions
     for _ in range(rounds):
-        looked = [0.0] * positions
-        seen = [1e-9] * positions
-        wanted = dict.fromkeys(pairs, 0.2)
-        shown = dict.fromkeys(pairs, 2.0)
+        odds = {pair: standing[place[pair]] + math.log(share / (1 - share)) for pair in pairs}
         for query, item, at, impressions, clicks in rows:
-            views, chance, sight = max(impressions, clicks), attractive[query, item], examined[at]
-            missed = (views - clicks) / (1 - chance * sight)
-            looked[at] += clicks + missed * sight * (1 - chance)
-            seen[at] += views
-            wanted[query, item] += clicks + missed * chance * (1 - sight)
-            shown[query, item] += views
-        examined = [a / b for a, b in zip(looked, seen, strict=True)]
-        examined = [min(max(value / max(examined), 1e-6), 1.0) for value in examined]
-        attractive = {pair: min(wanted[pair] / shown[pair], 1.0) for pair in pairs}
-    return examined
+            missed = max(impressions, clicks) - clicks
+            for each, sign in ((yes, 1), (no, -1)):
+                odds[query, item] += sign * (clicks * math.log(each) + missed * math.log(1 - examined[at] * each))
+        wanted = {pair: 1 / (1 + math.exp(-value)) for pair, value in odds.items()}
+        share = sum(wanted.values()) / len(pairs)
+        looks, clicks_on, looks_on = [0.0] * positions, [8.0, 1.0], [20.0, 20.0]
+        for query, item, at, impressions, clicks in rows:
+            chance = wanted[query, item]
+            for kind, (rate, weight) in enumerate(((yes, chance), (no, 1 - chance))):
+                missed = max(impressions, clicks) - clicks
+                some = weight * (clicks + missed * examined[at] * (1 - rate) / (1 - examined[at] * rate))
+                looks[at] += some
+                looks_on[kind] += some
+                clicks_on[kind] += weight * clicks
+        yes, no = (min(max(a / b, 1e-4), 0.95) for a, b in zip(clicks_on, looks_on, strict=True))
+        prior = [20 * (1 - 0.7 * at / (positions - 1)) for at in range(positions)]
+        looks = [(a + b) / (c + 20) for a, b, c in zip(looks, prior, shown, strict=True)]
+        examined = [min(a / looks[shown.index(max(shown))], 1.0) for a in looks]
+        for at in range(positions):
+            here = [pair for pair in pairs if place[pair] == at]
+            prior = 20 * len(here) / len(pairs)
+            found = (sum(wanted[pair] for pair in here) + prior) / (len(pairs) * share + 20)
+            rest = (sum(1 - wanted[pair] for pair in here) + prior) / (len(pairs) * (1 - share) + 20)
+            standing[at] = math.log(found / rest) if here else 0.0
+    return yes, no, examined, standing, share
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_em_equals_the_naive_one(seed: int) -> None:
+def test_em_equals_the_naive_one(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixer.clicks._EM_ROUNDS", 12)
     rng = np.random.default_rng(seed)
     rows = []
-    for query, item, at in np.ndindex(6, 5, 4):
-        impressions = int(rng.integers(0, 9))
-        if impressions:
-            rows.append((f"q{query}", f"i{item}", at, impressions, int(rng.binomial(impressions, 0.2))))
-    np.testing.assert_allclose(examination(counts_of(rows), 20), naive_examination(rows, 20), atol=1e-6)
-
-
-def test_statistics_are_summed_over_positions() -> None:
-    rows = [("p", "i", 0, 10, 2, 1, 2, 18.0, 162.0), ("p", "i", 2, 4, 1, 0, 0, 0.0, 0.0), ("p", "j", 1, 0, 3)]
-    found = pair_statistics(counts_of(rows), np.array([1.0, 0.5, 0.25])).to_pylist()
-    rest = {"clicks": 3, "purchases": 1, "dwells": 2, "log_dwell": 18.0, "log_dwell_squared": 162.0}
-    assert found[0] == {"query_id": "p", "item_id": "i", "looks": 11.0, **rest}
-    assert (found[1]["looks"], found[1]["clicks"]) == (1.5, 3), "a click is a view too, also if its impression was lost"
+    for query, item in np.ndindex(12, 5):
+        for at in range(4):
+            impressions = int(rng.integers(0, 9))
+            if impressions:
+                rate = 0.5 if item == query % 5 else 0.1
+                rows.append((f"q{query:02}", f"i{item}", at, impressions, int(rng.binomial(impressions, rate))))
+    model = fit_click_model(counts_of(rows))
+    yes, no, examined, standing, share = naive_em(rows, 12)
+    assert yes > no
+    assert (model.wanted.rate, model.unwanted.rate, model.share) == pytest.approx((yes, no, share), rel=1e-6)
+    np.testing.assert_allclose(model.examined, examined, atol=1e-6)
+    np.testing.assert_allclose(model.standing, standing, atol=1e-6)
+    assert any(standing)
 
 
 def test_without_impressions_clicks_on_the_rest_are_looks() -> None:
     rows = [("p", "i", 0, 0, 8), ("p", "i", 1, 0, 1), ("p", "j", 0, 0, 1), ("q", "j", 0, 0, 4)]
-    pairs = pair_statistics(counts_of(rows), np.ones(2))
-    assert pairs["looks"].to_pylist() == [10.0, 10.0, 4.0]
+    found = evidence(counts_of(rows), MODEL)
+    assert found["clicks"].to_pylist() == [9, 1, 4]
+    click, look = math.log(WANTED.rate / UNWANTED.rate), math.log((1 - WANTED.rate) / (1 - UNWANTED.rate))
+    bought = math.log((1 - WANTED.bought) / (1 - UNWANTED.bought))
+    expected = [9 * (click + bought) + look, click + bought + 9 * look, 4 * (click + bought)]
+    assert found["evidence"].to_pylist() == pytest.approx(expected)
     rng = np.random.default_rng(0)
     many = [
         (f"q{q:03}", f"i{i}", 0, 0, int(rng.poisson(12 if i == q % 4 else 1.5))) for q in range(200) for i in range(4)
     ]
-    pairs = pair_statistics(counts_of(many), np.ones(1))
-    found = evidence(pairs, fit_click_model(pairs)).reshape(200, 4)
+    counts = counts_of(many)
+    model = fit_click_model(counts)
+    assert model.standing.tolist() == pytest.approx([0.0], abs=1e-9), "who logs no impressions knows no order"
+    found = evidence(counts, model)["evidence"].to_numpy().reshape(200, 4)
     assert (found.argmax(axis=1) == np.arange(200) % 4).mean() > 0.97
     assert (found.max(axis=1) > 3).mean() > 0.9
 
 
+MODEL = ClickModel(WANTED, UNWANTED, 0.1, examined=np.array([1.0, 0.5, 0.25]), standing=np.array([1.5, 0.0, -2.0]))
+
+
 def test_evidence_by_hand() -> None:
-    model = ClickModel(WANTED, UNWANTED, share=0.1)
-    pairs = pa.table(
-        {"query_id": ["p"], "item_id": ["i"], "looks": [5.0], "clicks": [2.0], "purchases": [3.0], "dwells": [1.0],
-         "log_dwell": [9.0], "log_dwell_squared": [81.0]}
-    )  # fmt: skip
+    rows = [("p", "i", 0, 3, 1, 2, 1, 9.0, 81.0), ("p", "i", 1, 2, 1, 1), ("p", "j", 1, 0, 3), ("q", "i", 2, 10, 0)]
+    found = evidence(counts_of(rows), MODEL).to_pylist()
 
     def log_likelihood(behaviour: Behaviour) -> float:
-        clicks = 2 * math.log(behaviour.rate) + 3 * math.log(1 - behaviour.rate)
+        clicks = 2 * math.log(behaviour.rate) + 2 * math.log(1 - behaviour.rate) + math.log(1 - behaviour.rate / 2)
         off = (9.0 - behaviour.dwell_mean) / behaviour.dwell_deviation
         return clicks - math.log(behaviour.dwell_deviation) - off**2 / 2 + 2 * math.log(behaviour.bought)
 
-    expected = log_likelihood(WANTED) - log_likelihood(UNWANTED)
-    assert evidence(pairs, model) == pytest.approx([expected], rel=1e-9)
-
-
-def test_looks_without_a_click_speak_against() -> None:
-    columns = {"looks": [10.0], "clicks": [0.0], "purchases": [0.0]}
-    columns |= {"dwells": [0.0], "log_dwell": [0.0], "log_dwell_squared": [0.0]}
-    pairs = pa.table({"query_id": ["p"], "item_id": ["i"], **columns})
-    assert evidence(pairs, ClickModel(WANTED, UNWANTED, 0.1)) == pytest.approx([10 * math.log(0.6 / 0.95)])
+    assert [(row["query_id"], row["item_id"], row["clicks"]) for row in found] == [
+        ("p", "i", 2), ("p", "j", 3), ("q", "i", 0)
+    ]  # fmt: skip
+    assert found[0]["evidence"] == pytest.approx(log_likelihood(WANTED) - log_likelihood(UNWANTED), rel=1e-9)
+    clicks = 3 * math.log(0.4 * 0.75 / 0.05 / 0.97)  # a click is a view too, also if its impression was lost
+    assert found[1]["evidence"] == pytest.approx(clicks, rel=1e-9)
+    assert found[2]["evidence"] == pytest.approx(10 * math.log(0.9 / 0.9875)), "looks without a click speak against"
+    assert [row["standing"] for row in found] == [1.5, 0.0, -2.0], "at the mean of the positions, here 0.4, 1 and 2"
 
 
 def test_both_behaviours_are_recovered() -> None:
-    pairs, wanted = drawn_pairs(8000, share=0.1)
-    model = fit_click_model(pairs)
+    counts, wanted = drawn_counts(8000, share=0.1)
+    model = fit_click_model(counts)
     assert model.share == pytest.approx(0.1, abs=0.02)
     for found, true in ((model.wanted, WANTED), (model.unwanted, UNWANTED)):
         assert found.rate == pytest.approx(true.rate, rel=0.1)
         assert found.dwell_mean == pytest.approx(true.dwell_mean, abs=0.1)
         assert found.dwell_deviation == pytest.approx(true.dwell_deviation, abs=0.1)
         assert found.bought == pytest.approx(true.bought, abs=0.03)
-    sure = np.abs(evidence(pairs, model)) > 3
-    assert ((evidence(pairs, model) > 0) == wanted)[sure].mean() > 0.97
+    said = evidence(counts, model)["evidence"].to_numpy()
+    assert ((said > 0) == wanted)[np.abs(said) > 3].mean() > 0.97
 
 
 @pytest.mark.parametrize(("dwell", "bought"), [(False, True), (True, False), (False, False)])
 def test_what_the_logs_do_not_hold_says_nothing(dwell: bool, bought: bool) -> None:
-    pairs, _ = drawn_pairs(4000, share=0.15, seed=1, dwell=dwell, bought=bought)
-    model = fit_click_model(pairs)
+    counts, _ = drawn_counts(4000, share=0.15, seed=1, dwell=dwell, bought=bought)
+    model = fit_click_model(counts)
     assert model.wanted.rate == pytest.approx(WANTED.rate, rel=0.15)
+    assert model.standing.tolist() == pytest.approx([0.0], abs=1e-9), "all stand at the same place"
     if not dwell:
         assert model.wanted.dwell_mean == pytest.approx(model.unwanted.dwell_mean)
     if not bought:
@@ -183,8 +225,11 @@ def test_what_the_logs_do_not_hold_says_nothing(dwell: bool, bought: bool) -> No
 
 @pytest.mark.parametrize("clicks", [0, 3])
 def test_hardly_any_logs_are_no_crash(clicks: int) -> None:
-    pairs = pair_statistics(counts_of([("p", "i", 0, 5, clicks)]), np.ones(1))
-    assert np.isfinite(evidence(pairs, fit_click_model(pairs))).all()
-    empty = counts_of([("p", "i", 0, 1, 0)]).slice(0, 0)
-    assert len(examination(empty)) == 0
-    fit_click_model(pair_statistics(empty, examination(empty)))
+    counts = counts_of([("p", "i", 7, 5, clicks)])
+    found = evidence(counts, fit_click_model(counts))
+    assert np.isfinite(found["evidence"].to_numpy()).all()
+    assert np.isfinite(found["standing"].to_numpy()).all()
+    empty = counts.slice(0, 0)
+    model = fit_click_model(empty)
+    assert len(model.examined) == 0
+    assert len(evidence(empty, model)) == 0

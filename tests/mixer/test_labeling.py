@@ -241,7 +241,7 @@ def test_without_logs_every_item_is_a_class(item_ids: list[str]) -> None:
     assert labels.items["item_id"].to_pylist() == sorted(item_ids)
     assert labels.items["class_id"].to_pylist() == list(range(len(item_ids)))
     assert labels.queries.num_rows == 0
-    assert len(labels.examination) == 0
+    assert len(labels.model.examined) == 0
 
 
 def test_without_clicks_no_photo_has_a_class() -> None:
@@ -272,7 +272,7 @@ def test_the_order_of_rows_and_columns_does_not_matter_to_the_last_bit() -> None
         again = organise(shuffled, items.take(pa.array(np.arange(20)[::-1])), CONFIG)
         assert again.items.equals(first.items)
         assert again.queries.equals(first.queries)
-        assert np.array_equal(again.examination, first.examination)
+        assert np.array_equal(again.model.examined, first.model.examined)
 
 
 def test_classes_do_not_depend_on_pythons_hash_seed() -> None:

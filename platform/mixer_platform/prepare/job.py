@@ -41,6 +41,7 @@ SAMPLES = pa.schema(
         ("unseen", pa.float32()),  # nats of every other class
     ]
 )
+_FORM = 2  # of what labels say; samples of another form are not taken again
 _log = logging.getLogger(__name__)
 
 
@@ -54,6 +55,7 @@ def prepare(config: RunConfig) -> dict[str, Any]:
     storage = open_storage(config.workspace)
     inputs = {table: find_input(config.data, table) for table in (ITEMS, QUERIES, LOGS)}
     fingerprint = versions.fingerprint(
+        _FORM,
         [config.data, [files.tags for files in inputs.values()]],
         [pictures_tag(inputs[table]) for table in (ITEMS, QUERIES)],
         config.prepare.model_dump(exclude={"partitions"}),
@@ -85,7 +87,8 @@ def prepare(config: RunConfig) -> dict[str, Any]:
         "tables": tables,
         "classes": len(classes),
         "samples": {"items": tables["items"]["rows_out"], "queries": tables["queries"]["rows_out"]},
-        "examination": [round(float(value), 4) for value in labels.examination],
+        "examination": [round(float(value), 4) for value in labels.model.examined],
+        "standing": [round(float(value), 4) for value in labels.model.standing],
         "mean_confidence": round(float(pc.mean(labels.queries["confidence"]).as_py() or 0), 4),
         "seconds": round(time.monotonic() - started, 2),
     }
