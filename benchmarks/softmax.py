@@ -160,35 +160,41 @@ def worker(rank: int, case: Case, folder: str) -> None:
     if case.workers > 1:
         dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=case.workers)
     before = status("VmRSS") if case.device == "cpu" else 0
-    step = METHODS[case.method](case)
     seconds: list[float] = []
-    while len(seconds) < 4 or (sum(seconds[1:]) < 2 and len(seconds) < 12):
-        given = batch(case, len(seconds), rank)
-        finish(case)
-        began = time.perf_counter()
-        step(len(seconds), *given)
-        finish(case)
-        seconds.append(time.perf_counter() - began)
-        if case.workers > 1:  # all stop after the same step
-            longest = torch.tensor(seconds[-1])
-            dist.all_reduce(longest, dist.ReduceOp.MAX)
-            seconds[-1] = float(longest)
+    try:
+        step = METHODS[case.method](case)
+        while len(seconds) < 4 or (sum(seconds[1:]) < 2 and len(seconds) < 12):
+            given = batch(case, len(seconds), rank)
+            finish(case)
+            began = time.perf_counter()
+            step(len(seconds), *given)
+            finish(case)
+            seconds.append(time.perf_counter() - began)
+            if case.workers > 1:  # all stop after the same step
+                longest = torch.tensor(seconds[-1])
+                dist.all_reduce(longest, dist.ReduceOp.MAX)
+                seconds[-1] = float(longest)
+    except torch.OutOfMemoryError:  # of a GPU; without one the process would be killed
+        seconds = []
     peak = status("VmHWM") if case.device == "cpu" else torch.cuda.max_memory_allocated()
-    found = {"seconds": statistics.median(seconds[1:]), "peak": peak, "before": before}
+    found = {"seconds": statistics.median(seconds[1:]) if seconds else None, "peak": peak, "before": before}
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(found, file)
     if case.workers > 1:
         dist.destroy_process_group()
 
 
-def measure(case: Case) -> dict[str, float]:
-    """Run one case in processes of its own; return seconds a step and the largest worker's memory in GB."""
+def measure(case: Case) -> dict[str, float] | None:
+    """Run one case in processes of its own; return seconds a step and the largest worker's memory in GB, None if a GPU
+    has too little."""
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, __file__, "--case", json.dumps(asdict(case)), "--folder", folder], check=True)
         ranks = []
         for rank in range(case.workers):
             with open(f"{folder}/{rank}.json") as file:
                 ranks.append(json.load(file))
+    if any(found["seconds"] is None for found in ranks):
+        return None
     largest = max(ranks, key=lambda found: found["peak"])
     expected = classifier_bytes(-(-case.classes // case.workers), case.rate, case.batch, case.dim)
     return {
@@ -231,10 +237,11 @@ def main() -> None:
     print(f"{'':22}" + "".join(f"{head:>12}" for head in heads))
     gpu = arguments.device != "cpu"
     where: dict[str, Any] = {"device": arguments.device, "batch": arguments.batch}
-    found = {case: show(replace(case, **where)) for case in cases(arguments.classes, arguments.rates, gpu)}
+    wanted = cases(arguments.classes, arguments.rates, gpu)
     if 1_000_000 in arguments.classes and 10_000_000 in arguments.classes:  # the same dim and number of rows drawn
-        for case in (Case(MIXER, 1_000_000, 128, 0.1), Case(MIXER, 10_000_000, 128, 0.01)):
-            found[case] = show(replace(case, **where))
+        wanted += [Case(MIXER, 1_000_000, 128, 0.1), Case(MIXER, 10_000_000, 128, 0.01)]
+    measured = {case: show(replace(case, **where)) for case in dict.fromkeys(wanted)}
+    found = {case: figures for case, figures in measured.items() if figures}
     report = {
         **ratios(found),
         "commit": versions.commit(os.path.dirname(__file__)),
@@ -248,12 +255,15 @@ def machine(gpu: bool) -> str:
     return torch.cuda.get_device_name() if gpu else f"{os.cpu_count()} cores, {platform.machine()}"
 
 
-def show(case: Case) -> dict[str, float]:
+def show(case: Case) -> dict[str, float] | None:
     """Measure a case and print its row."""
     found = measure(case)
-    cells = [f"{case.classes:,}", case.dim, f"{case.rate:g}", case.workers, case.threads, f"{found['seconds']:.3f}"]
-    cells += [f"{case.batch / found['seconds']:.0f}", f"{found['gb']:.2f}"]
-    cells += [f"{found['over_formula']:.2f}" if found["over_formula"] else ""]
+    cells = [f"{case.classes:,}", case.dim, f"{case.rate:g}", case.workers, case.threads]
+    if found:
+        cells += [f"{found['seconds']:.3f}", f"{case.batch / found['seconds']:.0f}", f"{found['gb']:.2f}"]
+        cells += [f"{found['over_formula']:.2f}" if found["over_formula"] else ""]
+    else:
+        cells.append("no memory")
     print(f"{case.method:22}" + "".join(f"{cell:>12}" for cell in cells), flush=True)
     return found
 

@@ -91,7 +91,7 @@ def test_a_few_pages_a_photo_are_enough_to_tell_looking_from_the_engines_order()
     right, by_clicks = ((each.argmax(1) == truth.argmax(1)).mean() for each in (both, clicks))
     assert right > by_clicks + 0.02
     found = 1 / (1 + np.exp(-(both + np.log(model.share / (1 - model.share)))))
-    assert found.sum(1).mean() == pytest.approx(1.0, abs=0.05), "one of a page's items is wanted"
+    assert found.sum(1).mean() == pytest.approx(1.0, abs=0.1), "one of a page's items is wanted"
 
 
 def naive_em(rows: list[tuple], rounds: int) -> tuple[float, float, list[float], list[float], float]:
