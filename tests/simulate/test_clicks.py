@@ -3,10 +3,12 @@
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 from pydantic import ValidationError
 
+from mixer.clicks import COUNTS, fit_click_model
 from mixer_platform.schema import EVENTS, LOGS
 from mixer_platform.simulate.clicks import OTHER, RELATED, RIGHT, Pool, browse, retrieve, simulate_logs, zipf
 from mixer_platform.simulate.config import ClickConfig
@@ -158,3 +160,37 @@ def test_config_refuses_unknown_keys_and_a_pool_smaller_than_a_page():
         ClickConfig(clicknoise=0.1)
     with pytest.raises(ValidationError, match="at least page_size, 12"):
         ClickConfig(pool_size=5)
+
+
+@pytest.mark.parametrize("noise", [0.2, 0.36, 0.6])
+def test_the_click_model_finds_how_this_marketplace_acts(noise):
+    """Of logs whose pages hardly change from one session to the next: five for a photo."""
+    rng = np.random.default_rng(1)
+    similarity = rng.standard_normal((3000, ITEMS))
+    right = rng.integers(ITEMS, size=3000)
+    grade = np.full((3000, ITEMS), OTHER)
+    grade[np.arange(3000), right] = RIGHT
+    config = ClickConfig(click_noise=noise, bot_share=0, fault_rate=0)
+    queries = [f"q-{index:04d}" for index in range(3000)]
+    logs, report = simulate_logs(queries, ITEM_IDS, similarity + 2 * (grade == RIGHT), grade, np.ones(3000), config, 0)
+    clicked = pc.equal(logs["event"], "click")
+    log_dwell = pc.if_else(clicked, pc.ln(pc.fill_null(pc.cast(logs["dwell_ms"], pa.float64()), 1.0)), 0.0)
+    measures = {
+        "impressions": pc.equal(logs["event"], "impression"),
+        "clicks": clicked,
+        "purchases": pc.is_in(logs["event"], pa.array(["add_to_cart", "purchase"])),
+        "dwells": clicked,
+        "log_dwell": log_dwell,
+        "log_dwell_squared": pc.power(log_dwell, 2),
+    }
+    keys = ["query_id", "item_id", "position"]
+    rows = pa.table({**{key: logs[key] for key in keys}, **measures}).cast(COUNTS)
+    counts = rows.group_by(keys).aggregate([(name, "sum") for name in measures]).rename_columns(COUNTS.names)
+    model = fit_click_model(counts.sort_by([(key, "ascending") for key in keys]))
+    examination = (1.0 + np.arange(12)) ** -config.examination_exponent
+    np.testing.assert_allclose(model.examined[:6], examination[:6], atol=0.06)
+    assert model.wanted.rate == pytest.approx(report["click_chance"]["right"], rel=0.1)
+    assert model.unwanted.rate == pytest.approx(report["click_chance"]["other"], rel=0.2)
+    assert np.exp(model.wanted.dwell_mean) == pytest.approx(config.dwell_right_ms, rel=0.1)
+    assert np.exp(model.unwanted.dwell_mean) == pytest.approx(config.dwell_wrong_ms, rel=0.1)
+    assert (np.diff(model.standing[:5]) < 0).all()
