@@ -70,12 +70,8 @@ def organise(counts: pa.Table, items: pa.Table, config: LabelingConfig) -> Label
     together = same_thing_evidence(pairs, model.share, config.trust)
     alike = title_similarity(items, config.common_words) if config.titles else together.slice(0, 0)
     classes = cluster_items(together, alike.rename_columns([*PAIR, "similarity"]), items["item_id"], config)
-    # An engine takes a thing for another in every photo of it: its order is evidence for a photo, not for what is one.
     clicked = pairs["query_id"].filter(pc.greater(pairs["clicks"], 0)).unique()
     asked = pairs.filter(pc.is_in(pairs["query_id"], clicked))
-    asked = asked.select(["query_id", "item_id"]).append_column(
-        "evidence", pc.add(asked["evidence"], asked["standing"])
-    )
     return Labels(classes, photo_evidence(asked, classes, config.candidates), model)
 
 
@@ -203,10 +199,15 @@ def _logistic(odds: np.ndarray) -> np.ndarray:
 
 
 def photo_evidence(pairs: pa.Table, items: pa.Table, candidates: int) -> pa.Table:
-    """Return `Labels.queries` of all photos that occur in pairs (query_id, item_id, evidence)."""
+    """Return `Labels.queries` of all photos that occur in pairs (query_id, item_id, evidence, standing).
+
+    Each item of a class was clicked or passed over by itself, so their evidence adds up. Where an engine puts them
+    comes of one likeness, right or wrong, so their standing speaks once: its mean.
+    """
     by_class = pairs.join(items, "item_id", join_type="inner").group_by(["query_id", "class_id"])
-    summed = by_class.aggregate([("evidence", "sum")]).select(["query_id", "class_id", "evidence_sum"])
-    values = pc.round(summed["evidence_sum"], 9)  # threads sum in any order: the last bits must not break ties
+    summed = by_class.aggregate([("evidence", "sum"), ("standing", "mean")])
+    values = pc.add(summed["evidence_sum"], summed["standing_mean"])
+    values = pc.round(values, 9)  # threads sum in any order: the last bits must not break ties
     table = pa.table([summed["query_id"], summed["class_id"], values], names=["query_id", "class_id", "evidence"])
     table = table.append_column("strength", pc.abs(values))
     best = pc.max(items["class_id"]).as_py() if len(items) else None

@@ -136,12 +136,18 @@ def test_titles_are_not_worth_what_a_few_pairs_seem_to_say() -> None:
 def test_photo_evidence_equals_the_naive_one() -> None:
     rows, classes = random_pairs(2), {f"i{item:02}": item // 3 for item in range(12)}
     items = pa.table({"item_id": list(classes), "class_id": pa.array(classes.values(), pa.int64())})
+    places = np.random.default_rng(3).normal(size=len(rows))
+    placed: dict = collections.defaultdict(list)
     sums: dict = collections.defaultdict(lambda: collections.defaultdict(float))
-    for query, item, value in rows:
+    for (query, item, value), place in zip(rows, places, strict=True):
         sums[query][classes[item]] += value
+        placed[query, classes[item]].append(place)
+    for (query, label), values in placed.items():
+        sums[query][label] += np.mean(values)
+    rows = [(*row, place) for row, place in zip(rows, places, strict=True)]
     found = {
         row["query_id"]: row
-        for row in photo_evidence(table_of("query_id item_id evidence", rows), items, 2).to_pylist()
+        for row in photo_evidence(table_of("query_id item_id evidence standing", rows), items, 2).to_pylist()
     }
     assert set(found) == set(sums)
     for query, row in found.items():
@@ -156,7 +162,8 @@ def test_photo_evidence_equals_the_naive_one() -> None:
 
 def test_evidence_of_any_size_is_no_crash() -> None:
     items = pa.table({"item_id": ["i", "j"], "class_id": pa.array([0, 1], pa.int64())})
-    pairs = table_of("query_id item_id evidence", [("p", "i", 2000.0), ("p", "j", -2000.0), ("q", "i", -2000.0)])
+    rows = [("p", "i", 2000.0, 0.0), ("p", "j", -2000.0, 0.0), ("q", "i", -2000.0, 0.0)]
+    pairs = table_of("query_id item_id evidence standing", rows)
     sure, unsure = photo_evidence(pairs, items, 9).to_pylist()
     assert (sure["query_id"], sure["class_id"], sure["confidence"]) == ("p", 0, 1.0)
     assert (unsure["query_id"], unsure["confidence"]) == ("q", 0.0)
