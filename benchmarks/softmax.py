@@ -175,6 +175,8 @@ def worker(rank: int, case: Case, folder: str) -> None:
                 dist.all_reduce(longest, dist.ReduceOp.MAX)
                 seconds[-1] = float(longest)
     except torch.OutOfMemoryError:  # of a GPU; without one the process would be killed
+        if case.workers > 1:  # others would wait for this one
+            raise
         seconds = []
     peak = status("VmHWM") if case.device == "cpu" else torch.cuda.max_memory_allocated()
     found = {"seconds": statistics.median(seconds[1:]) if seconds else None, "peak": peak, "before": before}

@@ -5,6 +5,7 @@ Pure functions over Arrow tables; every rate is estimated from the logs themselv
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,13 +27,14 @@ COUNTS = pa.schema(
     ]
 )
 _EM_ROUNDS = 1000
-_SETTLED = 1e-5  # change of examined and rates in a round
-_MOST_ROWS = 1_000_000  # that the model is fitted to; it has few parameters
+_SETTLED = 1e-4  # change, in a round, of how likely any pair is wanted
+_MOST_ROWS = 200_000  # that the model is fitted to, about; it has few parameters
 # Imagined looks at items wanted and not, and the clicks on them: what holds where the logs show no contrast.
 _PRIOR_LOOKS, _PRIOR_WANTED, _PRIOR_UNWANTED = 20.0, 8.0, 1.0
 _PRIOR_VIEWS = 20.0  # imagined of each position, looked at as often as EM begins with
-_PRIOR_PLACED = 20.0  # imagined pairs, wanted and not, that stand where all do
+_PRIOR_PLACED = 20.0  # imagined pairs at each place, of which as many are wanted as of all
 _TINY = 1e-9
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,9 @@ class Behaviour:
 class ClickModel:
     """Clicks as a mixture of two behaviours; `share` of the pairs shown are wanted ones.
 
-    examined: probability that a position is looked at, relative to the one that is shown most, [positions]. standing:
-    what the engine's own order says, ln P(place | wanted) - ln P(place | not), in nats, [positions]; an item's place
-    is the mean of its positions.
+    examined: probability that a position is looked at, relative to the one that is looked at most, [positions].
+    standing: what the engine's own order says, ln P(place | wanted) - ln P(place | not), in nats, [positions]; the
+    place of an item is the mean of its positions.
     """
 
     wanted: Behaviour
@@ -65,7 +67,11 @@ class ClickModel:
 
 
 class _Events(NamedTuple):
-    """Counts as arrays: pair, position, clicks and views of each row; place and sums over positions of each pair."""
+    """Counts as arrays: pair, position, clicks and views of each row; place and sums over positions of each pair.
+
+    Where no impression is logged, a row is a pair and all are at position 0. first: the rows of the counts at which a
+    pair begins.
+    """
 
     pair: np.ndarray
     position: np.ndarray
@@ -73,6 +79,7 @@ class _Events(NamedTuple):
     views: np.ndarray
     place: np.ndarray
     sums: dict[str, np.ndarray]
+    first: np.ndarray
 
 
 def fit_click_model(counts: pa.Table) -> ClickModel:
@@ -81,12 +88,16 @@ def fit_click_model(counts: pa.Table) -> ClickModel:
 
     EM on P(click) = examined(position) * rate(wanted or not), the position-based model of Craswell et al., "An
     experimental comparison of click position-bias models", WSDM 2008, of which the attractiveness has two values. A
-    place where few clicks are is looked at by few or holds little that is wanted: dwell and purchases tell which.
+    place where few clicks are is looked at by few or holds little that is wanted: dwell, purchases and repeated views
+    tell which; of what nothing tells, what EM begins with remains.
 
     `counts` must be in the order of query_id and item_id.
     """
-    events = _events(_some_photos(counts))
-    guess = np.linspace(1.0, 0.3, int(events.position.max(initial=-1)) + 1)
+    logged = _has_impressions(counts)
+    positions = counts["position"].to_numpy().max(initial=-1) + 1 if logged else min(len(counts), 1)
+    events = _events(_some_photos(counts), logged)
+    guess = np.maximum((1.0 + np.arange(positions)) ** -0.5, 0.1)
+    wanted = np.zeros(len(events.place))
     whole = _behaviour(events, np.ones(len(events.place)), _looked(events, guess, 0.0), _PRIOR_UNWANTED)
     spread = whole.dwell_deviation / 2
     model = ClickModel(
@@ -100,20 +111,19 @@ def fit_click_model(counts: pa.Table) -> ClickModel:
     )
     for _ in range(_EM_ROUNDS):
         odds = _evidence(events, model) + model.standing[events.place] + np.log(model.share / (1 - model.share))
-        wanted = 1 / (1 + np.exp(-np.clip(odds, -50, 50)))
+        before, wanted = wanted, 1 / (1 + np.exp(-np.clip(odds, -50, 50)))
         looks = [_looked(events, model.examined, each.rate) for each in (model.wanted, model.unwanted)]
-        before, model = (
-            model,
-            ClickModel(
-                _behaviour(events, wanted, looks[0], _PRIOR_WANTED),
-                _behaviour(events, 1 - wanted, looks[1], _PRIOR_UNWANTED),
-                share=float(np.clip(wanted.mean(), 1e-4, 1 - 1e-4)) if len(wanted) else model.share,
-                examined=_examined(events, looks[1] + wanted[events.pair] * (looks[0] - looks[1]), guess),
-                standing=_standing(events, wanted, len(guess)),
-            ),
+        model = ClickModel(
+            _behaviour(events, wanted, looks[0], _PRIOR_WANTED),
+            _behaviour(events, 1 - wanted, looks[1], _PRIOR_UNWANTED),
+            share=float(np.clip(wanted.mean(), 1e-4, 1 - 1e-4)) if len(wanted) else model.share,
+            examined=_examined(events, looks[1] + wanted[events.pair] * (looks[0] - looks[1]), guess),
+            standing=_standing(events, wanted, len(guess)),
         )
-        if _change(before, model) < _SETTLED:
+        if np.abs(wanted - before).max(initial=0) < _SETTLED:
             break
+    else:
+        _log.info("the click model has not settled in %d rounds; it is used as it is", _EM_ROUNDS)
     if model.wanted.rate < model.unwanted.rate:
         model = ClickModel(model.unwanted, model.wanted, 1 - model.share, model.examined, -model.standing)
     return model
@@ -125,8 +135,8 @@ def evidence(counts: pa.Table, model: ClickModel) -> pa.Table:
     evidence: ln P(events | wanted) - ln P(events | not), in nats. Looks without a click speak too: for a wanted item
     they are rare. standing: the same of its place.
     """
-    events = _events(counts)
-    pairs = counts.select(["query_id", "item_id"]).filter(pa.array(np.diff(pair_codes(counts), prepend=-1) != 0))
+    events = _events(counts, _has_impressions(counts))
+    pairs = counts.select(["query_id", "item_id"]).filter(pa.array(events.first))
     pairs = pairs.append_column("clicks", pa.array(events.sums["clicks"]))
     pairs = pairs.append_column("evidence", pa.array(_evidence(events, model)))
     return pairs.append_column("standing", pa.array(model.standing[events.place]))
@@ -149,54 +159,52 @@ def clicks_and_views(counts: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     return clicks, np.maximum(counts["impressions"].to_numpy().astype(float), clicks)
 
 
+def _has_impressions(counts: pa.Table) -> bool:
+    return bool(counts["impressions"].to_numpy().any())
+
+
 def _some_photos(counts: pa.Table) -> pa.Table:
-    """Return the rows of every n-th photo, about `_MOST_ROWS` at most."""
-    nth = -(-len(counts) // _MOST_ROWS)
+    """Return the rows of some photos, spread evenly over all, if there are more than `_MOST_ROWS`."""
+    share = _MOST_ROWS / max(len(counts), 1)
     photo = np.cumsum(begins(counts["query_id"])) - 1
-    return counts.filter(pa.array(photo % nth == 0)) if nth > 1 else counts
+    # Multiples of the golden ratio, modulo 1: no period of the ids is met.
+    return counts.filter(pa.array(photo * 0.6180339887498949 % 1 < share)) if share < 1 else counts
 
 
-def _change(before: ClickModel, after: ClickModel) -> float:
-    rates = [abs(getattr(after, kind).rate - getattr(before, kind).rate) for kind in ("wanted", "unwanted")]
-    return max(*rates, np.abs(after.examined - before.examined).max(initial=0))
-
-
-def _events(counts: pa.Table) -> _Events:
+def _events(counts: pa.Table, logged: bool) -> _Events:
     """Logs without any impression say what was clicked but not what was passed over, or where: then every click on a
     photo counts as a look at all that was clicked for it."""
     pair, position = pair_codes(counts), counts["position"].to_numpy()
+    first = np.diff(pair, prepend=-1) != 0
     clicks, views = clicks_and_views(counts)
-    pairs = int(pair.max(initial=-1)) + 1
+    pairs = int(first.sum())
     sums = {name: np.bincount(pair, counts[name].to_numpy(), pairs) for name in COUNTS.names[4:]}
-    if not counts["impressions"].to_numpy().any():
-        query = (np.cumsum(begins(counts["query_id"])) - 1)[np.diff(pair, prepend=-1) != 0]
+    if not logged:
+        query = (np.cumsum(begins(counts["query_id"])) - 1)[first]
         clicks, views = sums["clicks"], np.bincount(query, sums["clicks"])[query] if pairs else sums["clicks"]
         pair, position = np.arange(pairs), np.zeros(pairs, int)
-    place = np.bincount(pair, views * position, pairs) / np.maximum(np.bincount(pair, views, pairs), _TINY)
-    return _Events(pair, position, clicks, views, np.rint(place).astype(int), sums)
+    seen = np.maximum(views, _TINY)  # a purchase may be all that is known of a pair
+    place = np.bincount(pair, seen * position, pairs) / np.bincount(pair, seen, pairs)
+    return _Events(pair, position, clicks, views, np.floor(place + 0.5).astype(int), sums, first)
 
 
 def _looked(events: _Events, examined: np.ndarray, rate: float) -> np.ndarray:
     """Return how many of each row's views are likely to have been looked at, if its item is clicked at that rate."""
-    at = examined[events.position]
-    return events.clicks + (events.views - events.clicks) * at * (1 - rate) / (1 - at * rate)
+    unclicked = examined * (1 - rate) / (1 - examined * rate)
+    return events.clicks + (events.views - events.clicks) * unclicked[events.position]
 
 
 def _examined(events: _Events, looks: np.ndarray, guess: np.ndarray) -> np.ndarray:
     views = np.bincount(events.position, events.views, len(guess))
-    share = np.bincount(events.position, looks, len(guess)) + _PRIOR_VIEWS * guess
-    share /= views + _PRIOR_VIEWS
-    return np.clip(share / share[views.argmax()], 1e-6, 1.0) if len(share) else share
+    share = (np.bincount(events.position, looks, len(guess)) + _PRIOR_VIEWS * guess) / (views + _PRIOR_VIEWS)
+    return share / share.max(initial=_TINY)
 
 
 def _standing(events: _Events, wanted: np.ndarray, positions: int) -> np.ndarray:
-    placed = np.bincount(events.place, minlength=positions)
-    prior = _PRIOR_PLACED * placed / max(len(wanted), 1)
-    found, rest = (
-        (np.bincount(events.place, each, positions) + prior) / (each.sum() + _PRIOR_PLACED)
-        for each in (wanted, 1 - wanted)
-    )
-    return np.log(np.divide(found, rest, out=np.ones(positions), where=placed > 0))
+    share = np.clip(wanted.mean(), 1e-4, 1 - 1e-4) if len(wanted) else 0.5
+    found = np.bincount(events.place, wanted, positions) + _PRIOR_PLACED * share
+    rest = np.bincount(events.place, 1 - wanted, positions) + _PRIOR_PLACED * (1 - share)
+    return np.log(found / rest) - np.log(share / (1 - share))
 
 
 def _behaviour(events: _Events, weight: np.ndarray, looks: np.ndarray, prior: float) -> Behaviour:
@@ -228,7 +236,7 @@ def _log_likelihood(events: _Events, behaviour: Behaviour, examined: np.ndarray)
     Up to what is the same for both behaviours.
     """
     clicks, dwells = events.sums["clicks"], events.sums["dwells"]
-    passed_over = (events.views - events.clicks) * np.log1p(-examined[events.position] * behaviour.rate)
+    passed_over = (events.views - events.clicks) * np.log1p(-examined * behaviour.rate)[events.position]
     total = clicks * np.log(behaviour.rate) + np.bincount(events.pair, passed_over, len(clicks))
     mean, deviation = behaviour.dwell_mean, behaviour.dwell_deviation
     squares = events.sums["log_dwell_squared"] - 2 * mean * events.sums["log_dwell"] + dwells * mean**2

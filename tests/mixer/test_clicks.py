@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from mixer.clicks import COUNTS, Behaviour, ClickModel, clicks_and_views, evidence, fit_click_model
+from mixer.clicks import COUNTS, Behaviour, ClickModel, _some_photos, clicks_and_views, evidence, fit_click_model
 
 EXAMINATION = 0.75 ** np.arange(8)
 WANTED = Behaviour(rate=0.4, dwell_mean=9.2, dwell_deviation=0.8, bought=0.25)
@@ -84,14 +84,14 @@ def test_a_few_pages_a_photo_are_enough_to_tell_looking_from_the_engines_order()
     assert np.abs(model.examined - EXAMINATION).max() < 0.1
     assert (model.wanted.rate, model.unwanted.rate) == pytest.approx((0.6, 0.1), rel=0.1)
     placed = np.log(truth.mean(0) / truth.sum()) - np.log((~truth).mean(0) / (~truth).sum())
-    np.testing.assert_allclose(model.standing[:5], placed[:5], atol=0.5)
+    np.testing.assert_allclose(model.standing[:4], placed[:4], atol=0.3)
     pairs = evidence(counts, model)
     clicks = np.reshape(pairs["evidence"], (-1, 8))
     both = clicks + np.reshape(pairs["standing"], (-1, 8))
     right, by_clicks = ((each.argmax(1) == truth.argmax(1)).mean() for each in (both, clicks))
     assert right > by_clicks + 0.02
     found = 1 / (1 + np.exp(-(both + np.log(model.share / (1 - model.share)))))
-    assert found.sum(1).mean() == pytest.approx(1.0, abs=0.1), "one of a page's items is wanted"
+    assert found.sum(1).mean() == pytest.approx(1.0, abs=0.15), "one of a page's items is wanted"
 
 
 def naive_em(rows: list[tuple], rounds: int) -> tuple[float, float, list[float], list[float], float]:
@@ -99,9 +99,10 @@ def naive_em(rows: list[tuple], rounds: int) -> tuple[float, float, list[float],
     positions = 1 + max(row[2] for row in rows)
     pairs = sorted({row[:2] for row in rows})
     seen = {pair: sum(max(row[3:]) for row in rows if row[:2] == pair) for pair in pairs}
-    place = {pair: round(sum(row[2] * max(row[3:]) for row in rows if row[:2] == pair) / seen[pair]) for pair in pairs}
+    mean = {pair: sum(row[2] * max(row[3:]) for row in rows if row[:2] == pair) / seen[pair] for pair in pairs}
+    place = {pair: math.floor(value + 0.5) for pair, value in mean.items()}
     shown = [sum(max(row[3:]) for row in rows if row[2] == at) for at in range(positions)]
-    examined = [1 - 0.7 * at / (positions - 1) for at in range(positions)]
+    guess = examined = [max((1 + at) ** -0.5, 0.1) for at in range(positions)]
     clicked = sum(row[4] for row in rows)
     looked = sum(row[4] + (max(row[3:]) - row[4]) * examined[row[2]] for row in rows)
     rate = (clicked + 1) / (looked + 20)
@@ -124,15 +125,12 @@ def naive_em(rows: list[tuple], rounds: int) -> tuple[float, float, list[float],
                 looks_on[kind] += some
                 clicks_on[kind] += weight * clicks
         yes, no = (min(max(a / b, 1e-4), 0.95) for a, b in zip(clicks_on, looks_on, strict=True))
-        prior = [20 * (1 - 0.7 * at / (positions - 1)) for at in range(positions)]
-        looks = [(a + b) / (c + 20) for a, b, c in zip(looks, prior, shown, strict=True)]
-        examined = [min(a / looks[shown.index(max(shown))], 1.0) for a in looks]
+        looks = [(a + 20 * b) / (c + 20) for a, b, c in zip(looks, guess, shown, strict=True)]
+        examined = [a / max(looks) for a in looks]
         for at in range(positions):
-            here = [pair for pair in pairs if place[pair] == at]
-            prior = 20 * len(here) / len(pairs)
-            found = (sum(wanted[pair] for pair in here) + prior) / (len(pairs) * share + 20)
-            rest = (sum(1 - wanted[pair] for pair in here) + prior) / (len(pairs) * (1 - share) + 20)
-            standing[at] = math.log(found / rest) if here else 0.0
+            here = [wanted[pair] for pair in pairs if place[pair] == at]
+            found, rest = sum(here) + 20 * share, len(here) - sum(here) + 20 * (1 - share)
+            standing[at] = math.log(found / rest) - math.log(share / (1 - share))
     return yes, no, examined, standing, share
 
 
@@ -221,6 +219,36 @@ def test_what_the_logs_do_not_hold_says_nothing(dwell: bool, bought: bool) -> No
         assert model.wanted.dwell_mean == pytest.approx(model.unwanted.dwell_mean)
     if not bought:
         assert model.wanted.bought == model.unwanted.bought
+
+
+@pytest.mark.parametrize("impressions", [3, 0])
+def test_the_model_of_some_photos_serves_all(impressions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a position, or impressions at all, occur in photos that it was not fitted to."""
+    rows = [(f"q{photo:03}", "i", photo % 3, impressions, photo % 2) for photo in range(300)]
+    rows += [(f"x{photo:03}", f"i{photo}", 9, 1, 0) for photo in range(2)]
+    counts = counts_of(rows)
+    monkeypatch.setattr("mixer.clicks._MOST_ROWS", 100)
+    assert 90 < len(_some_photos(counts)) < 110
+    model = fit_click_model(counts)
+    assert len(model.examined) == len(model.standing) == 10
+    assert np.isfinite(evidence(counts, model)["evidence"].to_numpy()).all()
+
+
+def test_a_row_far_down_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    counts = simulated(rng.choice([0.05, 0.6], (30, 20), p=[0.8, 0.2]), views=400)
+    far = counts_of([("r", "i", 5000, 1, 0)])
+    plain, model = fit_click_model(counts), fit_click_model(pa.concat_tables([counts.sort_by(ORDER), far]))
+    np.testing.assert_allclose(model.examined[:8], plain.examined, atol=0.02)
+    assert abs(model.standing[5000]) < 0.1, "one pair says nothing of its place"
+
+
+ORDER = [("query_id", "ascending"), ("item_id", "ascending"), ("position", "ascending")]
+
+
+def test_a_purchase_is_placed_where_it_was_made() -> None:
+    counts = counts_of([("p", "i", 2, 0, 0, 1), ("q", "i", 0, 5, 1)])
+    assert evidence(counts, MODEL)["standing"].to_pylist() == [-2.0, 1.5]
 
 
 @pytest.mark.parametrize("clicks", [0, 3])

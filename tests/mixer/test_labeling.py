@@ -280,6 +280,8 @@ def test_the_order_of_rows_and_columns_does_not_matter_to_the_last_bit() -> None
         assert again.items.equals(first.items)
         assert again.queries.equals(first.queries)
         assert np.array_equal(again.model.examined, first.model.examined)
+        assert np.array_equal(again.model.standing, first.model.standing)
+        assert (again.model.wanted, again.model.unwanted) == (first.model.wanted, first.model.unwanted)
 
 
 def test_classes_do_not_depend_on_pythons_hash_seed() -> None:

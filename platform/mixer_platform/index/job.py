@@ -15,7 +15,7 @@ from mixer.images import UnreadableImage, decode
 from mixer_platform import versions
 from mixer_platform.cli import mixer_error_in
 from mixer_platform.config import RunConfig
-from mixer_platform.errors import InputError, StorageError
+from mixer_platform.errors import ConflictError, InputError, StorageError
 from mixer_platform.gallery import CURRENT, KIND, IndexManifest, check_model, read_manifest
 from mixer_platform.index import embeddings
 from mixer_platform.index.build import build_shards
@@ -89,7 +89,7 @@ def _compacted_if_due(manifest: dict[str, Any], config: RunConfig) -> dict[str, 
         compacted = compact(config)
     except Exception as error:
         cause = mixer_error_in(error)
-        if cause is None:
+        if cause is None or isinstance(cause, ConflictError):  # another index is served by now
             raise
         sentence = f"the update is served as {index.version}, but cannot be compacted: {cause}"
         raise type(cause)(sentence) from error

@@ -42,6 +42,7 @@ SAMPLES = pa.schema(
     ]
 )
 _FORM = 2  # of what labels say; samples of another form are not taken again
+_REPORTED = 50  # positions, of thousands that logs may have
 _log = logging.getLogger(__name__)
 
 
@@ -87,8 +88,8 @@ def prepare(config: RunConfig) -> dict[str, Any]:
         "tables": tables,
         "classes": len(classes),
         "samples": {"items": tables["items"]["rows_out"], "queries": tables["queries"]["rows_out"]},
-        "examination": [round(float(value), 4) for value in labels.model.examined],
-        "standing": [round(float(value), 4) for value in labels.model.standing],
+        "examination": [round(float(value), 4) for value in labels.model.examined[:_REPORTED]],
+        "standing": [round(float(value), 4) for value in labels.model.standing[:_REPORTED]],
         "mean_confidence": round(float(pc.mean(labels.queries["confidence"]).as_py() or 0), 4),
         "seconds": round(time.monotonic() - started, 2),
     }
