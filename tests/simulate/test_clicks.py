@@ -9,6 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from mixer.clicks import COUNTS, fit_click_model
+from mixer_platform.inputs import REASON
+from mixer_platform.prepare.job import count_events
 from mixer_platform.schema import EVENTS, LOGS
 from mixer_platform.simulate.clicks import OTHER, RELATED, RIGHT, Pool, browse, retrieve, simulate_logs, zipf
 from mixer_platform.simulate.config import ClickConfig
@@ -173,20 +175,8 @@ def test_the_click_model_finds_how_this_marketplace_acts(noise):
     config = ClickConfig(click_noise=noise, bot_share=0, fault_rate=0)
     queries = [f"q-{index:04d}" for index in range(3000)]
     logs, report = simulate_logs(queries, ITEM_IDS, similarity + 2 * (grade == RIGHT), grade, np.ones(3000), config, 0)
-    clicked = pc.equal(logs["event"], "click")
-    log_dwell = pc.if_else(clicked, pc.ln(pc.fill_null(pc.cast(logs["dwell_ms"], pa.float64()), 1.0)), 0.0)
-    measures = {
-        "impressions": pc.equal(logs["event"], "impression"),
-        "clicks": clicked,
-        "purchases": pc.is_in(logs["event"], pa.array(["add_to_cart", "purchase"])),
-        "dwells": clicked,
-        "log_dwell": log_dwell,
-        "log_dwell_squared": pc.power(log_dwell, 2),
-    }
-    keys = ["query_id", "item_id", "position"]
-    rows = pa.table({**{key: logs[key] for key in keys}, **measures}).cast(COUNTS)
-    counts = rows.group_by(keys).aggregate([(name, "sum") for name in measures]).rename_columns(COUNTS.names)
-    model = fit_click_model(counts.sort_by([(key, "ascending") for key in keys]))
+    counts = count_events(logs.append_column(REASON, pa.nulls(len(logs), pa.string())))
+    model = fit_click_model(counts.sort_by([(key, "ascending") for key in COUNTS.names[:3]]))
     examination = (1.0 + np.arange(12)) ** -config.examination_exponent
     np.testing.assert_allclose(model.examined[:6], examination[:6], atol=0.06)
     assert model.wanted.rate == pytest.approx(report["click_chance"]["right"], rel=0.1)

@@ -138,7 +138,7 @@ def _states(batch: pa.Table, key: str, state: str) -> pa.Table:
 
 def organise_logs(logs: Dataset, items: Dataset, config: RunConfig) -> Labels:
     """Count what the sound log rows say of each query, item and position, and organise it into classes."""
-    counted = logs.map_batches(_count_batch, **_ARROW, batch_size=None)
+    counted = logs.map_batches(count_events, **_ARROW, batch_size=None)
     keys = ["query_id", "item_id", "position"]
     sums = counted.groupby(keys).aggregate(*(Sum(name, alias_name=name) for name in COUNTS.names[len(keys) :]))
     counts = _collect(sums, COUNTS)
@@ -151,8 +151,8 @@ def organise_logs(logs: Dataset, items: Dataset, config: RunConfig) -> Labels:
 _TITLES = pa.schema([("item_id", pa.string()), ("title", pa.string())])
 
 
-def _count_batch(batch: pa.Table) -> pa.Table:
-    """Return COUNTS of a batch's sound rows."""
+def count_events(batch: pa.Table) -> pa.Table:
+    """Return COUNTS of the sound rows of a batch of logs; of pairs and positions that are in others too, a part."""
     batch = rows.sound(batch)
     clicked = pc.equal(batch["event"], "click")
     timed = pc.and_(clicked, pc.fill_null(pc.greater(batch["dwell_ms"], 0), False))
