@@ -11,7 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from mixer_platform.cli import mixer_error_in
-from mixer_platform.errors import ConfigError, InputError, StorageError, VersionError, WishError
+from mixer_platform.config import RunConfig
+from mixer_platform.errors import (
+    ConfigError,
+    ConflictError,
+    InputError,
+    StorageError,
+    VersionError,
+    WishError,
+    published_already,
+)
 from mixer_platform.gallery import read_manifest
 from mixer_platform.index.embeddings import LEFT_OUT, TEXT_ONLY
 from mixer_platform.index.job import build, compact, update
@@ -251,6 +260,18 @@ def test_an_update_that_cannot_be_compacted_is_served_and_says_so(
     served = read_manifest(shop.storage).version
     assert f"served as {served}," in str(raised.value)
     assert served != built["version"]
+
+
+def test_a_publisher_that_is_faster_than_a_compaction_is_not_said_to_serve_the_update(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def published_by_another(config: RunConfig) -> dict:
+        raise published_already("CURRENT")
+
+    build(shop.config)
+    monkeypatch.setattr("mixer_platform.index.job.compact", published_by_another)
+    with pytest.raises(ConflictError, match=r"^CURRENT: somebody else published first"):
+        update(shop.changes("all", [shop.item(number, seed=400 + number) for number in range(20)]))
 
 
 @pytest.mark.parametrize(
