@@ -1,6 +1,6 @@
 """How much wrong clicks cost: a marketplace with more and more of them.
 
-    .venv/bin/python benchmarks/noise.py [--things 800] [--seeds 3] [--levels 0 0.2 0.4 0.6]
+    .venv/bin/python benchmarks/noise.py [--things 800] [--seeds 3] [--levels 0 0.2 0.4 0.6] [--rows ROW...]
     .venv/bin/python benchmarks/noise.py --data FOLDER [--wrong 0.42] [--seeds 3] [--levels 0.42 0.5 0.6]
 
 The first simulates the project's own marketplace again and again: things, pictures, demand and the engine stay the
@@ -47,6 +47,7 @@ from mixer_platform.storage import open_storage
 from mixer_platform.train.features import FeatureSamples
 from mixer_platform.train.labels import in_training_order, read_labels
 
+METHODS = ("mixer", "infonce", "arcface", "sampled", "true_classes")
 DEMO = Path(__file__).parents[1] / "jobs/configs/demo.yaml"
 
 
@@ -160,6 +161,7 @@ def main() -> None:
     parser.add_argument("--wrong", type=float, default=0.42, help="share of its clicks that are wrong as they are")
     parser.add_argument("--levels", type=float, nargs="+", metavar="SHARE", help="of the clicks that shall be wrong")
     parser.add_argument("--things", type=int, help="default: all")
+    parser.add_argument("--rows", nargs="+", choices=METHODS[1:], default=METHODS[1:], help="beside Mixer's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workspace", help="where marketplaces and samples go; default: a temporary folder")
     arguments = parser.parse_args()
@@ -203,10 +205,10 @@ def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             true = true_classes(bench, data)
             figures |= label_quality(bench, true, len(pq.read_table(Path(data) / "queries.parquet")))
             certain = Targets.certain(true.clamp_min(0), (true >= 0).float())
-            methods["true classes"] = replace(mixer, targets=certain)
+            methods["true_classes"] = replace(mixer, targets=certain)
         right: dict[str, np.ndarray] = {}  # of each photo, the share of seeds
-        for name, method in methods.items():
-            towers = [method(bench, seed) for seed in range(arguments.seeds)]
+        for name in [name for name in methods if name in ("mixer", *arguments.rows)]:
+            towers = [methods[name](bench, seed) for seed in range(arguments.seeds)]
             runs = [hits_of(bench.item_ids, bench.relevant, cosines(bench, each)) for each in towers]
             figures[name] = figures_of(bench, runs, 0.0)
             right[name] = np.mean([hits[:, 0] for hits in runs], axis=0)

@@ -131,14 +131,16 @@ class LocalCluster:
 
         Without `--no-wait` the client does this too, but it notices the end of a job seconds late.
         """
-        seen, status = "", "PENDING"
+        seen, told, status = "", "", "PENDING"
         while status in ("PENDING", "RUNNING"):
             time.sleep(0.5)
             status = self._ask(f"/api/jobs/{job}")["status"]  # before the output, which is whole once the job has ended
             output = self._ask(f"/api/jobs/{job}/logs")["logs"] or ""
             whole = output if status not in ("PENDING", "RUNNING") else output[: output.rfind("\n") + 1]
             for shown in filter(None, map(progress, whole[len(seen) :].splitlines())):
-                print("   ", shown, flush=True)
+                if shown != told:  # Ray Train reports an epoch for each worker, Ray Data a state for each look at it
+                    print("   ", shown, flush=True)
+                told = shown
             log.write(whole[len(seen) :])
             seen = whole
         return status == "SUCCEEDED"
