@@ -11,7 +11,7 @@ import pytest
 
 from mixer_platform.errors import StorageError
 from mixer_platform.index import embeddings
-from mixer_platform.index.embeddings import STATE, WHOLE, embedding_column, part_key, stream, write_part
+from mixer_platform.index.embeddings import STATE, WHOLE, embedding_column, part_key, sample_of, stream, write_part
 from mixer_platform.item_ids import span
 from mixer_platform.storage import Storage, open_storage
 
@@ -59,3 +59,18 @@ def test_a_damaged_partition_is_named_after_those_before_it(storage: Storage) ->
     assert [len(next(found)), len(next(found))] == [3, 3]
     with pytest.raises(StorageError, match="part-00002"):
         next(found)
+
+
+@pytest.mark.parametrize("size", [1, 4, 12, 50])
+def test_a_sample_is_of_the_lowest_ids_and_no_larger_than_all(storage: Storage, size: int) -> None:
+    chain = write(storage)
+    everything = [embeddings.vectors(rows["embedding"]) for rows in stream(storage, chain, span(0, 1))]
+    sample = sample_of(storage, chain, 8, size, readers=2)
+    assert sample.dtype == np.float32
+    np.testing.assert_array_equal(sample, np.concatenate(everything)[:size])
+
+
+def test_a_sample_reads_only_the_partitions_that_it_needs(storage: Storage) -> None:
+    chain = write(storage, rows_each=3000)
+    Path(storage.path(part_key("v", 3))).unlink()
+    assert len(sample_of(storage, chain, 8, 3000)) == 3000

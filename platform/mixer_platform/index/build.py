@@ -33,7 +33,7 @@ from mixer_platform.index.choose import (
     sweep,
     training_size,
 )
-from mixer_platform.index.embeddings import Chain, stream, vectors
+from mixer_platform.index.embeddings import Chain, living, sample_of, stream, vectors
 from mixer_platform.index.gpu import GPU, gpu_errors, require_gpu
 from mixer_platform.index.segments import (
     bytes_per_vector,
@@ -67,7 +67,7 @@ def build_shards(
     for a kind of index that FAISS does not make or a GPU that is not there, WishError if no kind is as good as
     wished; nothing is published then.
     """
-    items = _living(chain)
+    items = living(chain)
     each = -(-items // config.shards)
     started = time.monotonic()
     kinds, why = _kinds(storage, chain, items, each, dim, queries, config)
@@ -148,7 +148,7 @@ def _kinds(
         )
     if len(kinds) == 1:
         return kinds, f"exact search of {each} items a shard is fast enough" if kinds == ["Flat"] else "no other fits"
-    sample = _sample(storage, chain, PILOT)
+    sample = sample_of(storage, chain, dim, PILOT)
     exact = exact_top_k(queries, sample, np.arange(len(sample)), K)
     shared = [ray.put(part) for part in (sample, queries, exact)]
     tried = ray.get([_pilot.remote(kind, *shared, each, config.recall_at_10) for kind in kinds])
@@ -156,11 +156,6 @@ def _kinds(
         _log.info("%-40s %s", kind, f"falls short by {short:.3f}" if short else f"{1e6 * seconds:.0f} us a query")
     order = [kind for _, kind in sorted(zip(tried, kinds, strict=True))]
     return order, f"the fastest of {len(kinds)} kinds on a sample at recall@10 >= {config.recall_at_10}"
-
-
-def _living(chain: Chain) -> int:
-    changes = chain[:-1]
-    return chain[-1]["items"] + sum(each["items"] - each["replaced"] - each["deleted"] for each in changes)
 
 
 def _falls_short(best: float, config: IndexConfig) -> str:
@@ -217,7 +212,7 @@ def _train(uri: str, chain: Chain, factory: str, dim: int, wanted: int, threads:
     use_threads(threads)
     with gpu_errors():
         gpu = GPU.of_task()
-        return trained_template(factory, dim, _sample(open_storage(uri), chain, wanted, threads), gpu)
+        return trained_template(factory, dim, sample_of(open_storage(uri), chain, dim, wanted, threads), gpu)
 
 
 def _build_shard(
@@ -248,12 +243,3 @@ def _build_shard(
         versions.upload(storage, Path(scratch), f"{KIND}/{version}")
     best = merge_top_k(exact, K)
     return _Built(entry, sweep(index, queries, best[1], recall), best)
-
-
-def _sample(storage: Storage, chain: Chain, size: int, readers: int = 1) -> np.ndarray:
-    """Return about `size` embeddings, float32 [n, dim]. Ids are hashes, so the lowest are a fair sample."""
-    share = min(1.0, 1.2 * size / max(1, _living(chain)))
-    last = max(1, int(share * 2**63)) - 1 if share < 1 else 2**63 - 1
-    parts = stream(storage, chain, (0, last), ["embedding"], readers=readers)
-    found = [vectors(rows["embedding"]) for rows in parts]
-    return np.concatenate(found)[:size]

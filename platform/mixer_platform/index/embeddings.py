@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -130,6 +131,27 @@ def stream(
         for rows in ahead(threads, read, overlapping(wanted, parts), readers + 1):
             if rows is not None and len(rows):
                 yield rows
+
+
+def living(chain: Chain) -> int:
+    """Return how many items the embeddings hold."""
+    changes = chain[:-1]
+    return chain[-1]["items"] + sum(each["items"] - each["replaced"] - each["deleted"] for each in changes)
+
+
+def sample_of(storage: Storage, chain: Chain, dim: int, size: int, readers: int = 1) -> np.ndarray:
+    """Return `size` embeddings, or all if there are fewer, float32 [n, dim]. Ids are hashes: the lowest are a fair
+    sample."""
+    there = living(chain)
+    share = (size + 6 * math.sqrt(size)) / max(1, there)  # six deviations of how many ids lie below
+    last = int(share * 2**63) if share < 1 else 2**63 - 1
+    # Filled as it is read: to touch new memory takes longer than to read a part.
+    sample, filled = np.empty((min(size, there), dim), np.float32), 0
+    for rows in stream(storage, chain, (0, last), ["embedding"], readers=readers):
+        part = vectors(rows["embedding"])[: len(sample) - filled]
+        sample[filled : filled + len(part)] = part
+        filled += len(part)
+    return sample[:filled]
 
 
 def display_schema(storage: Storage, chain: Chain) -> pa.Schema:
