@@ -119,6 +119,17 @@ class Concatenated(Towers):
         super().__init__(config, image_width, text_width)
         self.transform = nn.Linear(image_width + text_width, config.dim)
 
+    @torch.no_grad()
+    def fit_features(self, pooled: Tensor) -> None:
+        super().fit_features(pooled)
+        self.transform.weight[:, : self.start.shape[1]] = self.start
+        self.began = self.transform.weight.clone()
+
+    @torch.no_grad()
+    def interpolate(self, learned: float) -> None:
+        super().interpolate(learned)
+        self.transform.weight.lerp_(self.began, 1 - learned)
+
     def item_branches(
         self, patches: Tensor, has_image: Tensor, tokens: Tensor, token_mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,6 +200,7 @@ class Classification:
     """Learning by classification, as the product does; every part can be taken away.
 
     text: whether items have any. rate: share of the classes that a step draws. precision: of the softmax's products.
+    interpolation: how much of what the transformations learned is kept.
     """
 
     targets: Targets
@@ -199,6 +211,7 @@ class Classification:
     branch_weight: float | None = None
     rate: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
+    interpolation: float | None = None
 
     def __call__(self, bench: Bench, seed: int, without: np.ndarray | None = None) -> Towers:
         """Return what was learned from all samples but the rows `without`."""
@@ -206,6 +219,7 @@ class Classification:
         for round_ in range(1, self.rounds):
             targets = believed(bench, towers, head, self.targets)
             towers, head = self._round(bench, seed + 100 * round_, targets, without)
+        towers.interpolate(self.interpolation or bench.config.train.interpolation)
         return towers
 
     def _round(

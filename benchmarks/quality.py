@@ -261,6 +261,7 @@ def compare(bench: Bench, seeds: int, epochs: int, rows: list[str] | None = None
         "two_rounds": ("  two rounds", replace(mixer, rounds=2)),
         "pairs": ("  pairs instead of classes", partial(infonce, pairs=pairs_of_classes(bench))),
         "one_transformation": ("  one transformation for both", replace(mixer, make=OneTransformation)),
+        "as_learned": ("  the transformations as learned", replace(mixer, interpolation=1.0)),
         "no_text": ("  no text", replace(mixer, text=False)),
         "bf16": ("  the softmax multiplies in bf16", replace(mixer, precision="bf16")),
     }
@@ -306,6 +307,7 @@ def compare_on_new_listings(bench: Bench, seeds: int) -> dict[str, dict[str, Any
     rows: dict[str, tuple[Callable[..., Towers], list[tuple[str, dict[str, bool]]]]] = {
         "Mixer": (mixer, [*both, (", shown without pictures", {"picture": False})]),
         "  picture only": (replace(mixer, text=False), [("", {"text": False})]),
+        "  the transformations as learned": (replace(mixer, interpolation=1.0), both),
         "  shuffled titles": (mixer, both),
         "  branches do not learn by themselves": (replace(mixer, branch_weight=0.0), both),
         "  no concept memory": (replace(mixer, make=NoMemory), both),

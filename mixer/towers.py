@@ -19,6 +19,8 @@ from mixer.fusion import Concepts
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+_MOST_ROWS = 65_536  # of which principal components are taken
+_QUIET = 0.1  # of the mean variance; what varies less is not made louder
 
 
 class Towers(nn.Module):
@@ -26,18 +28,21 @@ class Towers(nn.Module):
 
     feature_mean: Tensor
     feature_std: Tensor
+    start: Tensor
 
     def __init__(self, config: ModelConfig, image_width: int, text_width: int) -> None:
         super().__init__()
         self.pooling = config.pooling
         self.query_transform = nn.Linear(image_width, config.dim)
         self.item_transform = nn.Linear(image_width, config.dim)
+        nn.init.zeros_(self.query_transform.bias)
         self.item_transform.load_state_dict(self.query_transform.state_dict())  # the domains part in training
         self.concepts = Concepts(config.concepts, config.concept_dim, text_width, image_width, config.dim, config.heads)
         # What the text says, and what it shows, beside the picture; with more of it known items are found less well.
         self.log_gates = nn.Parameter(torch.tensor([0.5, 0.37]).log())
         self.register_buffer("feature_mean", torch.zeros(image_width))
         self.register_buffer("feature_std", torch.ones(image_width))
+        self.register_buffer("start", self.query_transform.weight.detach().clone())  # of both transformations
 
     def pool(self, patches: Tensor) -> Tensor:
         """Pool patches [n, patches, width] into [n, width]."""
@@ -77,16 +82,47 @@ class Towers(nn.Module):
         says, shows = self.log_gates.exp()
         return F.normalize(whole + says * said + shows * part, dim=1), whole, said
 
+    @torch.no_grad()
     def fit_features(self, pooled: Tensor) -> None:
-        """Set mean and scale of the image features, [n, width], that the transformations take out."""
+        """Set mean and scale of the image features, [n, width], that the transformations take out, and let these begin
+        as what tells such features apart before anything is learned."""
         self.feature_mean.copy_(pooled.mean(dim=0))
         # One scale for all: rare features must not become loud ones.
         self.feature_std.fill_(float(pooled.var(dim=0, correction=0).mean().sqrt().clamp_min(1e-6)))
+        some = self.standardised(pooled[:: -(-len(pooled) // _MOST_ROWS)])
+        self.start.copy_(half_whitening(some, len(self.start)))
+        for each in (self.query_transform, self.item_transform):
+            each.weight.copy_(self.start)
+
+    @torch.no_grad()
+    def interpolate(self, learned: float) -> None:
+        """Leave the transformations that share of the way from their start to what they have learned.
+
+        A little of the start finds what was not learned from better, and costs what was nothing (WiSE-FT: Wortsman et
+        al., "Robust fine-tuning of zero-shot models", CVPR 2022).
+        """
+        for each in {self.query_transform, self.item_transform}:
+            each.weight.lerp_(self.start, 1 - learned)
+            each.bias.mul_(learned)
 
     def standardised(self, features: Tensor) -> Tensor:
         """Take the mean and the scale that `fit_features` found out of features [.., width]."""
         scale = 1 / self.feature_std
         return torch.addcmul(-self.feature_mean * scale, features, scale)  # one pass over what is large
+
+
+def half_whitening(features: Tensor, dim: int) -> Tensor:
+    """Return the projection on the principal components of features [n, width], [dim, width], by which the deviation of
+    each becomes its square root; zeros below if there are fewer.
+
+    Halfway to whitening (Jegou and Chum, "Negative evidences and co-occurences in image retrieval: the benefit of PCA
+    and whitening", ECCV 2012). What comes out is as large as what nn.Linear begins with.
+    """
+    features = features.double()
+    variances, axes = torch.linalg.eigh(features.T @ features / len(features))
+    variances, axes = variances.flip(0)[:dim].clamp_min(_QUIET), axes.flip(1)[:, :dim]
+    weight = axes.T * variances[:, None] ** -0.25 / (3 * variances.sqrt().mean()).sqrt()
+    return F.pad(weight, (0, 0, 0, dim - len(weight))).float()
 
 
 class MixerModel(nn.Module):

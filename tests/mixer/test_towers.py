@@ -118,6 +118,46 @@ def test_features_are_centred_and_scaled_as_one(tiny_config: ModelConfig) -> Non
     assert plain.std(dim=0).max() / plain.std(dim=0).min() > 10  # rare features stay quiet
 
 
+def test_transformations_begin_halfway_to_whitening(tiny_config: ModelConfig) -> None:
+    towers = Towers(tiny_config, 16, 24)
+    turn = torch.linalg.qr(torch.randn(16, 16))[0]
+    pooled = torch.randn(20_000, 16) * torch.linspace(2, 1, 16) @ turn
+    towers.fit_features(pooled)
+    assert torch.equal(towers.query_transform.weight, towers.start)
+    assert torch.equal(towers.item_transform.weight, towers.start)
+    found = towers.query_transform(towers.standardised(pooled)).detach()
+    covariance = found.T @ found / len(found)
+    torch.testing.assert_close(covariance, covariance.diagonal().diag(), rtol=0, atol=1e-3)
+    deviations = torch.linspace(2, 1, 16)[: tiny_config.dim]
+    ratios = covariance.diagonal() / deviations  # a variance comes out as a deviation
+    torch.testing.assert_close(ratios / ratios.mean(), torch.ones(tiny_config.dim), rtol=0.03, atol=0)
+    assert found.square().mean() == pytest.approx(1 / 3, rel=1e-2)
+
+
+def test_there_may_be_fewer_components_than_dimensions(tiny_config: ModelConfig) -> None:
+    towers = Towers(tiny_config.model_copy(update={"dim": 24}), 16, 24)
+    towers.fit_features(torch.randn(50, 16))
+    assert towers.start[:16].any(dim=1).all()
+    assert not towers.start[16:].any()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_was_learned_is_interpolated_with_the_start(tiny_config: ModelConfig, shared: bool) -> None:
+    towers = Towers(tiny_config, 16, 24)
+    towers.fit_features(torch.randn(50, 16))
+    if shared:
+        towers.item_transform = towers.query_transform
+    with torch.no_grad():
+        towers.query_transform.weight += 1
+        towers.item_transform.bias += 2
+    item = towers.item_transform.weight.clone()
+    towers.interpolate(1.0)
+    torch.testing.assert_close(towers.item_transform.weight, item, **EXACT)
+    towers.interpolate(0.75)
+    torch.testing.assert_close(towers.query_transform.weight, towers.start + 0.75)
+    torch.testing.assert_close(towers.item_transform.bias, torch.full((tiny_config.dim,), 1.5))
+
+
 @pytest.mark.parametrize("pooled", [torch.ones(1, 16), torch.ones(5, 16)])
 def test_features_that_do_not_vary_give_finite_embeddings(tiny_config: ModelConfig, pooled: Tensor) -> None:
     towers = Towers(tiny_config, 16, 24)

@@ -51,6 +51,7 @@ def test_a_run_publishes_a_model_and_an_interrupted_one_goes_on(workspace: Path,
     again = train(config)
     assert again.pop("reused")
     assert again == report
+    check_interpolated(workspace, report, config.train.interpolation)
 
     # As if it had been stopped after the first epoch; one worker takes over from two.
     first = weights(workspace, report)
@@ -87,6 +88,19 @@ def test_a_run_of_two_rounds_goes_on_between_and_within_them(
     resumed = train(run_config(cached, architecture, **settings, workers=1))
     assert resumed["history"][:trained] == whole["history"][:trained], "what was trained is trained again"
     np.testing.assert_allclose(losses(resumed), losses(whole), rtol=1e-4)
+
+
+def check_interpolated(workspace: Path, report: dict[str, Any], share: float) -> None:
+    run = Checkpoints(open_storage(str(workspace)), report["fingerprint"])
+    state = run.latest()
+    assert state is not None
+    learned, published = run.read_towers(state["name"]), weights(workspace, report)
+    start = learned["towers.start"]
+    for name in ("towers.query_transform", "towers.item_transform"):
+        wanted = start + share * (learned[f"{name}.weight"] - start)
+        torch.testing.assert_close(published[f"{name}.weight"], wanted, rtol=0, atol=1e-6)
+        torch.testing.assert_close(published[f"{name}.bias"], share * learned[f"{name}.bias"], rtol=0, atol=1e-6)
+    torch.testing.assert_close(published["towers.log_gates"], learned["towers.log_gates"], rtol=0, atol=0)
 
 
 def check_model(folder: Path, report: dict[str, Any]) -> None:

@@ -15,7 +15,6 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 from torch.utils.tensorboard import SummaryWriter
 
-from mixer.config import ModelConfig
 from mixer.encoders import EncoderError
 from mixer.export import export_model
 from mixer.towers import MixerModel
@@ -116,7 +115,7 @@ def train(config: RunConfig) -> dict[str, Any]:
     shares = {name[6:]: share for name, share in state["history"][-1].items() if name.startswith("share_")}
     _log.info("time of the last epoch's steps: %s", ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
     version = versions.new_version(run)
-    patiently(_publish)(storage, version, checkpoints, state["name"], config.model, report)
+    patiently(_publish)(storage, version, checkpoints, state["name"], config, report)
     return patiently(versions.publish)(storage, KIND, version, report)
 
 
@@ -149,12 +148,14 @@ def _fit(job: dict[str, Any], config: RunConfig) -> None:
 
 
 def _publish(
-    storage: Storage, version: str, checkpoints: Checkpoints, name: str, architecture: ModelConfig, report: dict
+    storage: Storage, version: str, checkpoints: Checkpoints, name: str, config: RunConfig, report: dict
 ) -> None:
     """Write the model's files; the manifest, written after them, makes them visible."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = load_trained(checkpoints, name, starting_model(storage, report["start"], architecture))
+        model = load_trained(checkpoints, name, starting_model(storage, report["start"], config.model))
+        if not config.train.fine_tune.epochs:
+            model.towers.interpolate(config.train.interpolation)
         model.save_pretrained(folder)
         export_model(model, folder)
         write_curves(report["history"], folder)
