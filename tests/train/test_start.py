@@ -8,10 +8,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save, save_file
 
+from mixer.config import ModelConfig
+from mixer.towers import MixerModel
+from mixer_platform.errors import ConfigError
 from mixer_platform.storage import open_storage
-from mixer_platform.train.start import NEW, kept_classes, read_rows, sums_by_class
+from mixer_platform.train.start import NEW, kept_classes, read_rows, starting_model, sums_by_class
 
 
 def classes(*members: str) -> pa.Table:
@@ -69,3 +72,14 @@ def test_samples_are_summed_by_class() -> None:
     rows = sums_by_class(embeddings, torch.tensor([5, 5, 2, 9]), np.array([2, 5, 7]))
     assert sums_by_class(embeddings, torch.tensor([5, 5, 2, 9]), np.array([], np.int64)).shape == (0, 2)
     np.testing.assert_allclose(rows, [[0.6, 0.8], [1, 1], [0, 0]], atol=1e-6)
+
+
+def test_a_model_of_another_form_is_not_gone_on_from(tmp_path: Path, architecture: ModelConfig) -> None:
+    folder = tmp_path / "models/old"
+    MixerModel(architecture).save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")
+    del state["towers.start"]  # as before the transformations were interpolated with it
+    save_file(state, folder / "model.safetensors")
+    message = r"^train\.start: model old cannot be gone on from: the weights .*towers\.start.*; start from none"
+    with pytest.raises(ConfigError, match=message):
+        starting_model(open_storage(str(tmp_path)), "old", architecture)
