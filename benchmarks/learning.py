@@ -1,6 +1,7 @@
 """Ways to learn from the same samples: by classification, as the product does, and what people use today.
 
-All share the frozen encoder's cached features, the towers, the optimizer and the number of steps.
+All share the frozen encoder's cached features, the towers and what is kept of their initial weights, the optimizer and
+the number of steps.
 """
 
 from __future__ import annotations
@@ -62,11 +63,13 @@ class Bench:
 # Towers -------------------------------------------------------------------------------------------------------------
 
 
-def new_towers(bench: Bench, seed: int, make: MakeTowers = Towers) -> Towers:
-    """Return untrained towers."""
+def new_towers(bench: Bench, seed: int, make: MakeTowers = Towers, without: np.ndarray | None = None) -> Towers:
+    """Return untrained towers that have seen no features of the rows `without`."""
     torch.manual_seed(seed)
     towers = make(bench.config.model, *bench.widths)
-    towers.fit_features(bench.samples.pooled(towers))
+    pictured = bench.photos + bench.samples.has_image.nonzero()[:, 0].numpy()
+    seen = ~np.isin(np.concatenate([np.arange(bench.photos), pictured]), [] if without is None else without)
+    towers.initialise(bench.samples.pooled(towers)[torch.from_numpy(seen)])
     return towers
 
 
@@ -120,15 +123,16 @@ class Concatenated(Towers):
         self.transform = nn.Linear(image_width + text_width, config.dim)
 
     @torch.no_grad()
-    def fit_features(self, pooled: Tensor) -> None:
-        super().fit_features(pooled)
-        self.transform.weight[:, : self.start.shape[1]] = self.start
-        self.began = self.transform.weight.clone()
+    def initialise(self, pooled: Tensor) -> None:
+        super().initialise(pooled)
+        self.transform.weight[:, : pooled.shape[1]] = self.initial_weight
+        nn.init.zeros_(self.transform.bias)
 
     @torch.no_grad()
     def interpolate(self, learned: float) -> None:
         super().interpolate(learned)
-        self.transform.weight.lerp_(self.began, 1 - learned)
+        self.transform.weight[:, : self.initial_weight.shape[1]].lerp_(self.initial_weight, 1 - learned)
+        self.transform.bias.mul_(learned)
 
     def item_branches(
         self, patches: Tensor, has_image: Tensor, tokens: Tensor, token_mask: Tensor
@@ -200,7 +204,7 @@ class Classification:
     """Learning by classification, as the product does; every part can be taken away.
 
     text: whether items have any. rate: share of the classes that a step draws. precision: of the softmax's products.
-    interpolation: how much of what the transformations learned is kept.
+    interpolation: how much of what the transformations learned is kept; None: as configured.
     """
 
     targets: Targets
@@ -219,14 +223,14 @@ class Classification:
         for round_ in range(1, self.rounds):
             targets = believed(bench, towers, head, self.targets)
             towers, head = self._round(bench, seed + 100 * round_, targets, without)
-        towers.interpolate(self.interpolation or bench.config.train.interpolation)
+        towers.interpolate(bench.config.train.interpolation if self.interpolation is None else self.interpolation)
         return towers
 
     def _round(
         self, bench: Bench, seed: int, targets: Targets, without: np.ndarray | None
     ) -> tuple[Towers, ShardedMarginSoftmax]:
         train = bench.config.train
-        towers = new_towers(bench, seed, self.make)
+        towers = new_towers(bench, seed, self.make, without)
         tower = FrozenTower(towers)
         scale = train.scale or fixed_scale(self.classes)
         settings: dict[str, Any] = {"rate": self.rate, "precision": self.precision}
@@ -277,6 +281,7 @@ def arcface(bench: Bench, seed: int) -> Towers:
 
     steps = steps_of(bench, seed, len(bench.everything), lambda plan, _: plan.order)
     optimise(bench, towers, centres, steps, loss_of)
+    towers.interpolate(bench.config.train.interpolation)
     return towers
 
 
@@ -324,6 +329,7 @@ def _learn_pairs(
 
     steps = steps_of(bench, seed, count, lambda _, rng: rng.choice(len(pairs), count, p=chance))
     optimise(bench, towers, None, steps, pair_loss)
+    towers.interpolate(bench.config.train.interpolation)
     return towers
 
 

@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--wrong", type=float, default=0.42, help="share of its clicks that are wrong as they are")
     parser.add_argument("--levels", type=float, nargs="+", metavar="SHARE", help="of the clicks that shall be wrong")
     parser.add_argument("--things", type=int, help="default: all")
-    parser.add_argument("--rows", nargs="+", choices=METHODS[1:], default=METHODS[1:], help="beside Mixer's")
+    parser.add_argument("--rows", nargs="*", choices=METHODS[1:], default=METHODS[1:], help="beside Mixer's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workspace", help="where marketplaces and samples go; default: a temporary folder")
     arguments = parser.parse_args()

@@ -87,7 +87,7 @@ def frozen_seconds(bench: Bench, epochs: int) -> float:
     config = bench.config.train
     bench.samples.targets = shared_evidence(bench)
     towers = Towers(bench.config.model, *bench.widths)
-    towers.fit_features(bench.samples.pooled(towers))
+    towers.initialise(bench.samples.pooled(towers))
     tower, head, seconds = FrozenTower(towers), new_head(bench, config), []
     for epoch in range(epochs):
         plan = plan_epoch(len(bench.everything), config.views, epoch, 0, config.text_dropout, config.image_dropout)

@@ -19,8 +19,8 @@ from mixer.fusion import Concepts
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-_MOST_ROWS = 65_536  # of which principal components are taken
-_QUIET = 0.1  # of the mean variance; what varies less is not made louder
+_MOST_ROWS = 16_384  # of which principal components are taken
+_LEAST_VARIANCE = 0.1  # of a component, for its scale; the mean of all variances is 1
 
 
 class Towers(nn.Module):
@@ -28,7 +28,8 @@ class Towers(nn.Module):
 
     feature_mean: Tensor
     feature_std: Tensor
-    start: Tensor
+    initial_weight: Tensor
+    interpolation: Tensor
 
     def __init__(self, config: ModelConfig, image_width: int, text_width: int) -> None:
         super().__init__()
@@ -42,7 +43,8 @@ class Towers(nn.Module):
         self.log_gates = nn.Parameter(torch.tensor([0.5, 0.37]).log())
         self.register_buffer("feature_mean", torch.zeros(image_width))
         self.register_buffer("feature_std", torch.ones(image_width))
-        self.register_buffer("start", self.query_transform.weight.detach().clone())  # of both transformations
+        self.register_buffer("initial_weight", self.query_transform.weight.detach().clone())  # of both transformations
+        self.register_buffer("interpolation", torch.ones(()))  # how much of what was learned since is in them
 
     def pool(self, patches: Tensor) -> Tensor:
         """Pool patches [n, patches, width] into [n, width]."""
@@ -83,44 +85,47 @@ class Towers(nn.Module):
         return F.normalize(whole + says * said + shows * part, dim=1), whole, said
 
     @torch.no_grad()
-    def fit_features(self, pooled: Tensor) -> None:
+    def initialise(self, pooled: Tensor) -> None:
         """Set mean and scale of the image features, [n, width], that the transformations take out, and let these begin
         as what tells such features apart before anything is learned."""
         self.feature_mean.copy_(pooled.mean(dim=0))
         # One scale for all: rare features must not become loud ones.
         self.feature_std.fill_(float(pooled.var(dim=0, correction=0).mean().sqrt().clamp_min(1e-6)))
         some = self.standardised(pooled[:: -(-len(pooled) // _MOST_ROWS)])
-        self.start.copy_(half_whitening(some, len(self.start)))
+        if not some.isfinite().all():
+            return  # training says so
+        self.initial_weight.copy_(half_whitening(some, len(self.initial_weight)))
         for each in (self.query_transform, self.item_transform):
-            each.weight.copy_(self.start)
+            each.weight.copy_(self.initial_weight)
 
     @torch.no_grad()
     def interpolate(self, learned: float) -> None:
-        """Leave the transformations that share of the way from their start to what they have learned.
+        """Leave the transformations that share of the way from their initial weights to what they have learned; 1: all.
 
-        A little of the start finds what was not learned from better, and costs what was nothing (WiSE-FT: Wortsman et
-        al., "Robust fine-tuning of zero-shot models", CVPR 2022).
+        A little of the start finds better what was not learned from (WiSE-FT: Wortsman et al., "Robust fine-tuning of
+        zero-shot models", CVPR 2022). Asked again, it begins with all that was learned: nothing is lost but rounding.
         """
+        change = learned / float(self.interpolation)
         for each in {self.query_transform, self.item_transform}:
-            each.weight.lerp_(self.start, 1 - learned)
-            each.bias.mul_(learned)
+            each.weight.copy_(self.initial_weight + change * (each.weight - self.initial_weight))
+            each.bias.mul_(change)
+        self.interpolation.fill_(learned)
 
     def standardised(self, features: Tensor) -> Tensor:
-        """Take the mean and the scale that `fit_features` found out of features [.., width]."""
+        """Take the mean and the scale that `initialise` found out of features [.., width]."""
         scale = 1 / self.feature_std
         return torch.addcmul(-self.feature_mean * scale, features, scale)  # one pass over what is large
 
 
 def half_whitening(features: Tensor, dim: int) -> Tensor:
-    """Return the projection on the principal components of features [n, width], [dim, width], by which the deviation of
-    each becomes its square root; zeros below if there are fewer.
+    """Return the projection on the first principal components of features [n, width], [dim, width], that takes half
+    (as an exponent) of each one's deviation out; rows of zeros if there are fewer than `dim`.
 
-    Halfway to whitening (Jegou and Chum, "Negative evidences and co-occurences in image retrieval: the benefit of PCA
-    and whitening", ECCV 2012). What comes out is as large as what nn.Linear begins with.
+    Whitening (Jegou and Chum, "Negative evidences and co-occurences in image retrieval: the benefit of PCA and
+    whitening", ECCV 2012) takes all of it out. What comes out is as large as what nn.Linear begins with.
     """
-    features = features.double()
-    variances, axes = torch.linalg.eigh(features.T @ features / len(features))
-    variances, axes = variances.flip(0)[:dim].clamp_min(_QUIET), axes.flip(1)[:, :dim]
+    variances, axes = torch.linalg.eigh((features.T @ features / len(features)).double())
+    variances, axes = variances.flip(0)[:dim].clamp_min(_LEAST_VARIANCE), axes.flip(1)[:, :dim]
     weight = axes.T * variances[:, None] ** -0.25 / (3 * variances.sqrt().mean()).sqrt()
     return F.pad(weight, (0, 0, 0, dim - len(weight))).float()
 
@@ -177,7 +182,11 @@ class MixerModel(nn.Module):
         folder = Path(folder)
         model = cls(ModelConfig.model_validate(json.loads((folder / CONFIG).read_text())))
         try:
-            model.load_state_dict(load_file(folder / WEIGHTS))
+            weights = load_file(folder / WEIGHTS)
+            # Models of before transformations were interpolated have all that they learned.
+            weights.setdefault("towers.initial_weight", weights.get("towers.query_transform.weight", torch.zeros(0)))
+            weights.setdefault("towers.interpolation", torch.ones(()))
+            model.load_state_dict(weights)
         except (RuntimeError, SafetensorError) as error:
             detail = str(error).splitlines()[-1].strip()
             raise ValueError(f"{folder}: the weights do not fit {CONFIG}: {detail}") from error

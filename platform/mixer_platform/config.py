@@ -128,7 +128,10 @@ class TrainConfig(Section):
         0.1, ge=0, description="how much an item's picture alone, and its text alone, count beside both together"
     )
     interpolation: float = Field(
-        0.8, gt=0, le=1, description="of the way from the transformations' start to what they learned; 1: all of it"
+        0.8,
+        gt=0,
+        le=1,
+        description="of the way from the transformations' initial weights to what they learned; after fine-tuning all",
     )
     text_dropout: float = Field(0.2, ge=0, lt=1, description="share of item samples trained without their text")
     image_dropout: float = Field(0.1, ge=0, lt=1, description="share of item samples trained without their picture")

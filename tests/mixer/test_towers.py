@@ -111,7 +111,7 @@ def test_both_transformations_begin_as_one(tiny_config: ModelConfig) -> None:
 def test_features_are_centred_and_scaled_as_one(tiny_config: ModelConfig) -> None:
     towers = Towers(tiny_config, 16, 24)
     pooled = torch.randn(500, 16) * torch.linspace(0.1, 5, 16) + 3
-    towers.fit_features(pooled)
+    towers.initialise(pooled)
     plain = (pooled - towers.feature_mean) / towers.feature_std
     torch.testing.assert_close(plain.mean(dim=0), torch.zeros(16), rtol=0, atol=1e-5)
     assert plain.square().mean() == pytest.approx(1.0, rel=1e-4)
@@ -121,10 +121,10 @@ def test_features_are_centred_and_scaled_as_one(tiny_config: ModelConfig) -> Non
 def test_transformations_begin_halfway_to_whitening(tiny_config: ModelConfig) -> None:
     towers = Towers(tiny_config, 16, 24)
     turn = torch.linalg.qr(torch.randn(16, 16))[0]
-    pooled = torch.randn(20_000, 16) * torch.linspace(2, 1, 16) @ turn
-    towers.fit_features(pooled)
-    assert torch.equal(towers.query_transform.weight, towers.start)
-    assert torch.equal(towers.item_transform.weight, towers.start)
+    pooled = torch.randn(16_000, 16) * torch.linspace(2, 1, 16) @ turn
+    towers.initialise(pooled)
+    assert torch.equal(towers.query_transform.weight, towers.initial_weight)
+    assert torch.equal(towers.item_transform.weight, towers.initial_weight)
     found = towers.query_transform(towers.standardised(pooled)).detach()
     covariance = found.T @ found / len(found)
     torch.testing.assert_close(covariance, covariance.diagonal().diag(), rtol=0, atol=1e-3)
@@ -134,17 +134,31 @@ def test_transformations_begin_halfway_to_whitening(tiny_config: ModelConfig) ->
     assert found.square().mean() == pytest.approx(1 / 3, rel=1e-2)
 
 
+def test_components_that_hardly_vary_are_not_made_loud(tiny_config: ModelConfig) -> None:
+    towers = Towers(tiny_config.model_copy(update={"dim": 16}), 16, 24)
+    towers.initialise(torch.randn(5000, 16) * torch.linspace(1, 1e-4, 16) ** 4)
+    gains = towers.initial_weight.norm(dim=1)
+    assert gains.max() / gains.min() == pytest.approx((16 / 2 / 0.1) ** 0.25, rel=0.3)
+
+
+def test_broken_features_leave_it_to_training_to_say_so(tiny_config: ModelConfig) -> None:
+    towers = Towers(tiny_config, 16, 24)
+    before = towers.query_transform.weight.clone()
+    towers.initialise(torch.tensor([[torch.inf] * 16, [0.0] * 16]))
+    assert torch.equal(towers.query_transform.weight, before)
+
+
 def test_there_may_be_fewer_components_than_dimensions(tiny_config: ModelConfig) -> None:
     towers = Towers(tiny_config.model_copy(update={"dim": 24}), 16, 24)
-    towers.fit_features(torch.randn(50, 16))
-    assert towers.start[:16].any(dim=1).all()
-    assert not towers.start[16:].any()
+    towers.initialise(torch.randn(50, 16))
+    assert towers.initial_weight[:16].any(dim=1).all()
+    assert not towers.initial_weight[16:].any()
 
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_was_learned_is_interpolated_with_the_start(tiny_config: ModelConfig, shared: bool) -> None:
     towers = Towers(tiny_config, 16, 24)
-    towers.fit_features(torch.randn(50, 16))
+    towers.initialise(torch.randn(50, 16))
     if shared:
         towers.item_transform = towers.query_transform
     with torch.no_grad():
@@ -153,15 +167,16 @@ def test_what_was_learned_is_interpolated_with_the_start(tiny_config: ModelConfi
     item = towers.item_transform.weight.clone()
     towers.interpolate(1.0)
     torch.testing.assert_close(towers.item_transform.weight, item, **EXACT)
-    towers.interpolate(0.75)
-    torch.testing.assert_close(towers.query_transform.weight, towers.start + 0.75)
-    torch.testing.assert_close(towers.item_transform.bias, torch.full((tiny_config.dim,), 1.5))
+    for share in (0.5, 0.75):  # of what was learned, not of what is left of it
+        towers.interpolate(share)
+        torch.testing.assert_close(towers.query_transform.weight, towers.initial_weight + share)
+        torch.testing.assert_close(towers.item_transform.bias, torch.full((tiny_config.dim,), 2 * share))
 
 
 @pytest.mark.parametrize("pooled", [torch.ones(1, 16), torch.ones(5, 16)])
 def test_features_that_do_not_vary_give_finite_embeddings(tiny_config: ModelConfig, pooled: Tensor) -> None:
     towers = Towers(tiny_config, 16, 24)
-    towers.fit_features(pooled)
+    towers.initialise(pooled)
     assert towers.query(pooled).isfinite().all()
 
 

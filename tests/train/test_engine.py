@@ -89,7 +89,7 @@ def make_model(
     architecture = ModelConfig(dim=8, concepts=2, concept_dim=8, heads=2)
     towers = Towers(architecture, IMAGE_WIDTH, TEXT_WIDTH)
     if not restored:  # a checkpoint brings the features' mean itself
-        towers.fit_features(torch.randn(50, IMAGE_WIDTH) + 1)
+        towers.initialise(torch.randn(50, IMAGE_WIDTH) + 1)
     head = ShardedMarginSoftmax(architecture.dim, CLASSES, margin=0.2, scale=scale, rate=class_rate)
     head.reset(0)
     return FrozenTower(towers), head

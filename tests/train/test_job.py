@@ -95,7 +95,7 @@ def check_interpolated(workspace: Path, report: dict[str, Any], share: float) ->
     state = run.latest()
     assert state is not None
     learned, published = run.read_towers(state["name"]), weights(workspace, report)
-    start = learned["towers.start"]
+    start = learned["towers.initial_weight"]
     for name in ("towers.query_transform", "towers.item_transform"):
         wanted = start + share * (learned[f"{name}.weight"] - start)
         torch.testing.assert_close(published[f"{name}.weight"], wanted, rtol=0, atol=1e-6)
@@ -146,6 +146,7 @@ def test_the_image_encoder_can_be_trained_too(
     assert not any(name.startswith("text_encoder.") for name in changed)
     assert not any(name.startswith("image_encoder.") and ".0." in name for name in changed)
     assert after["towers.feature_mean"].abs().sum() > 0, "the features' mean was lost"
+    check_interpolated(cached, report, 1.0)
 
     # As if it had been stopped before its last epoch, the first or the second of fine-tuning; one worker takes over,
     # with all that saves memory and with batches that Ray Data makes.
@@ -184,12 +185,16 @@ def test_classes_that_were_there_go_on_and_new_ones_start_from_their_samples(
     for old, new in numbers.items():
         torch.testing.assert_close(after[new], before[old], rtol=0, atol=1e-9)
     items = ItemEmbedder(cached / "models" / first["version"])
-    pixels = items.preprocess(decode(Path(blue["image"]).read_bytes()))
-    expected = items([pixels], ["a new thing"])[0]
+    pixels = torch.from_numpy(items.preprocess(decode(Path(blue["image"]).read_bytes()))[None])
+    learned = MixerModel.from_pretrained(cached / "models" / first["version"])
+    learned.towers.interpolate(1.0)
+    words = map(torch.from_numpy, learned.text_encoder.tokenizer(["a new thing"]))
+    with torch.no_grad():
+        expected = learned.embed_items(pixels, torch.tensor([True]), *words)[0]
     np.testing.assert_allclose(after[1], expected, atol=2e-3)  # features are cached in 16 bits
     trained, went_on = weights(cached, first), weights(cached, second)
     for name, value in trained.items():
-        torch.testing.assert_close(went_on[name], value, rtol=0, atol=1e-9)
+        torch.testing.assert_close(went_on[name], value, rtol=0, atol=1e-6)
 
     # As if it had been stopped before its last epoch.
     shutil.rmtree(cached / "models" / second["version"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save, save_file
 
 from mixer.config import ModelConfig
 from mixer.towers import MixerModel
+from mixer_platform.config import TrainConfig
 from mixer_platform.errors import ConfigError
 from mixer_platform.storage import open_storage
+from mixer_platform.train.job import interpolation_of
 from mixer_platform.train.start import NEW, kept_classes, read_rows, starting_model, sums_by_class
 
 
@@ -74,12 +77,53 @@ def test_samples_are_summed_by_class() -> None:
     np.testing.assert_allclose(rows, [[0.6, 0.8], [1, 1], [0, 0]], atol=1e-6)
 
 
-def test_a_model_of_another_form_is_not_gone_on_from(tmp_path: Path, architecture: ModelConfig) -> None:
-    folder = tmp_path / "models/old"
-    MixerModel(architecture).save_pretrained(folder)
-    state = load_file(folder / "model.safetensors")
-    del state["towers.start"]  # as before the transformations were interpolated with it
-    save_file(state, folder / "model.safetensors")
-    message = r"^train\.start: model old cannot be gone on from: the weights .*towers\.start.*; start from none"
+def test_a_model_that_does_not_fit_is_named(tmp_path: Path, architecture: ModelConfig) -> None:
+    state = saved(tmp_path, MixerModel(architecture))
+    del state["towers.item_transform.bias"]
+    save_file(state, tmp_path / "models/old/model.safetensors")
+    message = (
+        r"^train\.start: model old: the weights do not fit config\.json: .*item_transform\.bias.*; start from none"
+    )
     with pytest.raises(ConfigError, match=message):
         starting_model(open_storage(str(tmp_path)), "old", architecture)
+
+
+def test_a_run_starts_from_all_that_a_model_has_learned(tmp_path: Path, architecture: ModelConfig) -> None:
+    model = MixerModel(architecture)
+    torch.nn.init.normal_(model.towers.query_transform.weight)
+    learned = model.towers.query_transform.weight.detach().clone()
+    model.towers.interpolate(0.5)
+    saved(tmp_path, model)
+    found = starting_model(open_storage(str(tmp_path)), "old", architecture).towers
+    torch.testing.assert_close(found.query_transform.weight, learned)
+    assert found.interpolation == 1
+
+
+def test_a_model_of_before_interpolation_has_all_that_it_learned(tmp_path: Path, architecture: ModelConfig) -> None:
+    state = saved(tmp_path, MixerModel(architecture))
+    older = {name: value for name, value in state.items() if not name.endswith(("initial_weight", "interpolation"))}
+    save_file(older, tmp_path / "models/old/model.safetensors")
+    found = starting_model(open_storage(str(tmp_path)), "old", architecture).towers
+    assert torch.equal(found.query_transform.weight, state["towers.query_transform.weight"])
+
+
+def saved(workspace: Path, model: MixerModel) -> dict[str, torch.Tensor]:
+    folder = workspace / "models/old"
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("epochs", "start", "share"),
+    [
+        (0, None, 0.8),
+        (8, None, 1.0),
+        (0, {"interpolation": 0.8}, 0.8),
+        (0, {"interpolation": 1.0}, 1.0),  # its encoder was fine-tuned
+        (0, {}, 1.0),  # of before there was any
+        (8, {"interpolation": 0.8}, 1.0),
+    ],
+)
+def test_a_fine_tuned_model_keeps_all_it_learned(epochs: int, start: dict[str, Any] | None, share: float) -> None:
+    config = TrainConfig.model_validate({"fine_tune": {"epochs": epochs}, "interpolation": 0.8})
+    assert interpolation_of(config, start) == share

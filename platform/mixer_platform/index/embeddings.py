@@ -140,8 +140,7 @@ def living(chain: Chain) -> int:
 
 
 def sample_of(storage: Storage, chain: Chain, dim: int, size: int, readers: int = 1) -> np.ndarray:
-    """Return `size` embeddings, or all if there are fewer, float32 [n, dim]. Ids are hashes: the lowest are a fair
-    sample."""
+    """Return about `size` embeddings, never more, float32 [n, dim]. Ids are hashes: the lowest are a fair sample."""
     there = living(chain)
     share = (size + 6 * math.sqrt(size)) / max(1, there)  # six deviations of how many ids lie below
     last = int(share * 2**63) if share < 1 else 2**63 - 1
@@ -151,6 +150,8 @@ def sample_of(storage: Storage, chain: Chain, dim: int, size: int, readers: int 
         part = vectors(rows["embedding"])[: len(sample) - filled]
         sample[filled : filled + len(part)] = part
         filled += len(part)
+        if filled == len(sample):
+            break
     return sample[:filled]
 
 

@@ -15,11 +15,12 @@ from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
 from torch.utils.tensorboard import SummaryWriter
 
+from mixer.config import ModelConfig
 from mixer.encoders import EncoderError
 from mixer.export import export_model
 from mixer.towers import MixerModel
 from mixer_platform import versions
-from mixer_platform.config import RunConfig
+from mixer_platform.config import RunConfig, TrainConfig
 from mixer_platform.errors import ConfigError
 from mixer_platform.patience import patiently
 from mixer_platform.storage import Storage, open_storage
@@ -108,6 +109,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         "dim": config.model.dim,
         "start": learning.start,
         "kept_classes": kept,
+        "interpolation": interpolation_of(config.train, start),
         "history": state["history"],
         "seconds_features": round(cached - started, 2),
         "seconds": round(time.monotonic() - started, 2),
@@ -115,8 +117,15 @@ def train(config: RunConfig) -> dict[str, Any]:
     shares = {name[6:]: share for name, share in state["history"][-1].items() if name.startswith("share_")}
     _log.info("time of the last epoch's steps: %s", ", ".join(f"{part} {share:.0%}" for part, share in shares.items()))
     version = versions.new_version(run)
-    patiently(_publish)(storage, version, checkpoints, state["name"], config, report)
+    patiently(_publish)(storage, version, checkpoints, state["name"], config.model, report)
     return patiently(versions.publish)(storage, KIND, version, report)
+
+
+def interpolation_of(config: TrainConfig, start: dict[str, Any] | None) -> float:
+    """Return how much of what the transformations learned is published: all of it where the encoder was fine-tuned, now
+    or before the model that the run starts from, for they were initialised by what the encoder saw untrained."""
+    whole_before = start is not None and start.get("interpolation", 1.0) == 1.0
+    return 1.0 if config.fine_tune.epochs or whole_before else config.interpolation
 
 
 def _fit(job: dict[str, Any], config: RunConfig) -> None:
@@ -148,14 +157,13 @@ def _fit(job: dict[str, Any], config: RunConfig) -> None:
 
 
 def _publish(
-    storage: Storage, version: str, checkpoints: Checkpoints, name: str, config: RunConfig, report: dict
+    storage: Storage, version: str, checkpoints: Checkpoints, name: str, architecture: ModelConfig, report: dict
 ) -> None:
     """Write the model's files; the manifest, written after them, makes them visible."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = load_trained(checkpoints, name, starting_model(storage, report["start"], config.model))
-        if not config.train.fine_tune.epochs:
-            model.towers.interpolate(config.train.interpolation)
+        model = load_trained(checkpoints, name, starting_model(storage, report["start"], architecture))
+        model.towers.interpolate(report["interpolation"])
         model.save_pretrained(folder)
         export_model(model, folder)
         write_curves(report["history"], folder)

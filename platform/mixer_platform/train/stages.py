@@ -109,7 +109,7 @@ def new_trainer(
         tower = FrozenTower(patiently(starting_model)(storage, config.start, architecture).towers)
     else:
         tower = FrozenTower(Towers(architecture, *job["widths"]))
-        tower.towers.fit_features(samples.pooled(tower.towers))
+        tower.towers.initialise(samples.pooled(tower.towers))
     weight = None
     if before is not None:
         unknown = tower.load_state_dict(before.trained_state(), strict=False).unexpected_keys

@@ -53,22 +53,21 @@ def start_of(storage: Storage, wanted: str | None, architecture: ModelConfig, sa
 
 
 def starting_model(storage: Storage, start: str | None, architecture: ModelConfig) -> MixerModel:
-    """Return the model that a run starts from, whole: `start` as it was published, or an untrained one.
+    """Return the model that a run starts from, whole: all that `start` has learned, or an untrained one.
 
-    Raises ConfigError if its weights are of another form, as those that an earlier release wrote may be.
+    Raises ConfigError if the weights of `start` do not fit.
     """
     if start is None:
         return MixerModel(architecture)
     with tempfile.TemporaryDirectory() as scratch:
-        names = (CONFIG, WEIGHTS)
-        folder = versions.fetch(storage, f"{MODELS}/{start}", scratch, names)
+        folder = versions.fetch(storage, f"{MODELS}/{start}", scratch, (CONFIG, WEIGHTS))
         try:
-            return MixerModel.from_pretrained(folder)
+            model = MixerModel.from_pretrained(folder)
         except ValueError as error:
             reason = str(error).removeprefix(f"{folder}: ")
-            raise ConfigError(
-                f"train.start: model {start} cannot be gone on from: {reason}; start from none, or from a newer one"
-            ) from error
+            raise ConfigError(f"train.start: model {start}: {reason}; start from none, or from another") from error
+    model.towers.interpolate(1.0)  # its classes were learned with all of it
+    return model
 
 
 def classes_of(storage: Storage, samples: str) -> pa.Table:
