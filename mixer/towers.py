@@ -105,6 +105,8 @@ class Towers(nn.Module):
         A little of the start finds better what was not learned from (WiSE-FT: Wortsman et al., "Robust fine-tuning of
         zero-shot models", CVPR 2022). Asked again, it begins with all that was learned: nothing is lost but rounding.
         """
+        if learned == float(self.interpolation):
+            return
         change = learned / float(self.interpolation)
         for each in {self.query_transform, self.item_transform}:
             each.weight.copy_(self.initial_weight + change * (each.weight - self.initial_weight))
