@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mixer_platform.demo.cluster import MARK, _past_proxies, processes, progress
+from mixer_platform.demo.cluster import MARK, _past_proxies, processes, progress, telling
 from mixer_platform.demo.job import read_questions, table
 from mixer_platform.demo.memory import PeakMemory, proportional_kib
 
@@ -38,6 +38,13 @@ def test_processes_are_known_by_their_mark_and_their_memory_is_counted() -> None
         child.communicate("\n")
     assert processes("test-mark") == []
     assert proportional_kib(child.pid) == 0
+
+
+def test_what_repeats_is_told_once() -> None:
+    first, second = (f"x Dataset d_0 execution finished in {n} seconds" for n in (1, 2))
+    told = ["Ray Data: one pass done in 1.0 s", "Ray Data: one pass done in 2.0 s"]
+    assert list(telling([first, "anything", first, second, first], "")) == [*told, told[0]]
+    assert list(telling([first, second], told[0])) == told[1:]
 
 
 def test_progress_tells_rows_epochs_and_errors() -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -137,9 +137,8 @@ class LocalCluster:
             status = self._ask(f"/api/jobs/{job}")["status"]  # before the output, which is whole once the job has ended
             output = self._ask(f"/api/jobs/{job}/logs")["logs"] or ""
             whole = output if status not in ("PENDING", "RUNNING") else output[: output.rfind("\n") + 1]
-            for shown in filter(None, map(progress, whole[len(seen) :].splitlines())):
-                if shown != told:  # Ray Train reports an epoch for each worker, Ray Data a state for each look at it
-                    print("   ", shown, flush=True)
+            for shown in telling(whole[len(seen) :].splitlines(), told):
+                print("   ", shown, flush=True)
                 told = shown
             log.write(whole[len(seen) :])
             seen = whole
@@ -171,6 +170,15 @@ class LocalCluster:
             except OSError:
                 time.sleep(0.2)
         raise MixerError(f"Ray did not answer within 120 s; see {self.logs / 'ray.log'}")
+
+
+def telling(lines: Iterable[str], told: str) -> Iterator[str]:
+    """Yield what the lines tell a person of a job's progress, `told` being what was said last, without what repeats it:
+    Ray Train reports an epoch for each worker, Ray Data a state for each look at it."""
+    for shown in filter(None, map(progress, lines)):
+        if shown != told:
+            yield shown
+        told = shown
 
 
 def progress(line: str) -> str | None:
