@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from mixer.fast_faiss import faiss
+from mixer.metrics import recall_of_neighbours
 from mixer_platform.errors import StorageError
 from mixer_platform.gallery import MISSING, SegmentEntry, Shard, ShardEntry, merge_top_k
 from mixer_platform.index.choose import exact_top_k, sweep
@@ -218,6 +219,27 @@ def test_what_is_not_as_published_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_kind_that_faiss_refuses_is_one_clear_error(factory: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trained_template(factory, DIM, unit(np.random.default_rng(5), 300))
+
+
+@pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF64,SQ8", "IVF64,PQ8x4fs,Refine(SQ8)", "OPQ8_16,IVF64,PQ8x4"])
+def test_lists_are_found_that_are_searched_as_well_as_those_that_faiss_finds(factory: str) -> None:
+    rng = np.random.default_rng(7)
+    vectors = unit(rng, 200)[rng.integers(200, size=12_000)] + 0.2 * rng.standard_normal((12_000, DIM))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    sample, queries = vectors[: 64 * 64], vectors[-500:]
+    exact = exact_top_k(queries, vectors, np.arange(len(vectors)), 10)[1]
+    by_faiss, index = new_index(factory, DIM), faiss.deserialize_index(trained_template(factory, DIM, sample))
+    by_faiss.train(sample)
+    recalls = []
+    for each in (by_faiss, index):
+        each.add_with_ids(vectors, np.arange(len(vectors)))
+        each_ivf = faiss.try_extract_index_ivf(each)
+        each_ivf.nprobe = 4
+        assert each_ivf.quantizer.ntotal == 64
+        assert each_ivf.invlists.imbalance_factor() < 1.3
+        recalls.append(recall_of_neighbours(each.search(queries, 10)[1], exact))
+    assert recalls[1] > recalls[0] - 0.02
+    assert not np.array_equal(*(faiss.serialize_index(each) for each in (by_faiss, index))), "FAISS found them"
 
 
 @pytest.mark.parametrize("factory", KINDS)
