@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import ray
 import ray.data
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.utils import get_ray_address_file, read_ray_address  # private, but Ray has no other way to ask
 from ray._raylet import GcsClient
 from ray.exceptions import AuthenticationError, RayError
@@ -87,7 +88,9 @@ def connect(environment: Mapping[str, str] | None = None) -> None:
             socket.create_connection((host, int(port)), timeout=10).close()
             if not address.startswith("ray://"):
                 GcsClient(address=address)  # refused for want of a token, it says so
-        runtime = {"env_vars": dict(environment)} if environment else None
+        given = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}")).get("runtime_env", {}).get("env_vars", {})
+        more = {name: value for name, value in (environment or {}).items() if name not in given}  # twice is refused
+        runtime = {"env_vars": more} if more else None
         ray.init(logging_level=logging.WARNING, log_to_driver=True, runtime_env=runtime)
     except AuthenticationError as error:
         raise MixerError(

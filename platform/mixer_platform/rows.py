@@ -52,4 +52,4 @@ def _value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
     except (OverflowError, ValueError):
-        return str(scalar.cast(pa.int64()).as_py()) if pa.types.is_temporal(scalar.type) else None
+        return str(scalar.value) if pa.types.is_temporal(scalar.type) else None

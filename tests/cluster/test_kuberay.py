@@ -18,6 +18,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from mixer_platform.config import load_config
 from mixer_platform.errors import ConfigError
+from mixer_platform.serve.ingress import ENVIRONMENT
 from mixer_platform.serve.keys import key_ring
 
 ROOT = Path(__file__).parents[2]
@@ -226,6 +227,33 @@ def test_the_service_builds_this_project_from_a_configuration_that_loads() -> No
     overrides = [f"{key}={value}" for key, value in app["args"].items() if key != "config"]
     assert load_config(ROOT / app["args"]["config"], overrides).workspace.startswith("s3://")
     check_runtime_env(app["runtime_env"])
+
+
+def test_no_stage_is_left_with_the_buckets_of_the_configuration() -> None:
+    for manifest in (*JOBS.values(), SERVICE):
+        (app,) = yaml.safe_load(manifest["spec"].get("serveConfigV2", "applications: [{args: {}}]"))["applications"]
+        overrides = [f"{key}={value}" for key, value in app["args"].items() if key != "config"]
+        overrides += shlex.split(manifest["spec"].get("entrypoint", ""))[4:]
+        config = load_config(ROOT / "jobs/configs/production.yaml", overrides)
+        assert config.data == "s3://YOUR-BUCKET/data"
+        assert config.workspace == "s3://YOUR-BUCKET/mixer"
+
+
+def test_proxies_of_the_service_read_what_the_image_cannot_say() -> None:
+    cluster = cluster_of(SERVICE)
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        environment = {each["name"]: each["value"] for each in container_of(group)["env"]}
+        assert environment["RAY_SERVE_HAPROXY_RETRY_ON"] == ENVIRONMENT["RAY_SERVE_HAPROXY_RETRY_ON"]
+
+
+def test_the_service_has_room_for_two_versions_during_a_swap() -> None:
+    config = load_config(ROOT / "jobs/configs/production.yaml")
+    serve = config.serve
+    version = serve.encoder.min_replicas * serve.encoder.cpus
+    version += config.index.shards * serve.shard.min_replicas * serve.shard.cpus
+    needed = 2 * version + serve.ingress.min_replicas * serve.ingress.cpus
+    nodes = autoscaling(SERVICE)["available_node_types"].values()
+    assert sum(node["max_workers"] * node["resources"]["CPU"] for node in nodes) >= needed
 
 
 def test_the_service_asks_for_keys_that_its_secret_holds() -> None:

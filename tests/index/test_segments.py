@@ -222,7 +222,7 @@ def test_a_kind_that_faiss_refuses_is_one_clear_error(factory: str, message: str
 
 
 @pytest.mark.parametrize("factory", ["IVF64,Flat", "IVF64,SQ8", "IVF64,PQ8x4fs,Refine(SQ8)", "OPQ8_16,IVF64,PQ8x4"])
-def test_lists_are_found_that_are_searched_as_well_as_those_that_faiss_finds(factory: str) -> None:
+def test_fewer_rounds_than_faiss_makes_find_lists_that_are_searched_as_well(factory: str) -> None:
     rng = np.random.default_rng(7)
     vectors = unit(rng, 200)[rng.integers(200, size=12_000)] + 0.2 * rng.standard_normal((12_000, DIM))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
@@ -238,8 +238,7 @@ def test_lists_are_found_that_are_searched_as_well_as_those_that_faiss_finds(fac
         assert each_ivf.quantizer.ntotal == 64
         assert each_ivf.invlists.imbalance_factor() < 1.3
         recalls.append(recall_of_neighbours(each.search(queries, 10)[1], exact))
-    assert recalls[1] > recalls[0] - 0.02
-    assert not np.array_equal(*(faiss.serialize_index(each) for each in (by_faiss, index))), "FAISS found them"
+    assert recalls[1] > recalls[0] - 0.01
 
 
 @pytest.mark.parametrize("factory", KINDS)

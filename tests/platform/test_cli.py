@@ -120,6 +120,21 @@ def test_a_cluster_that_asks_for_its_token_is_told(monkeypatch: pytest.MonkeyPat
             cli.connect()
 
 
+def test_what_a_job_was_submitted_with_is_not_handed_on_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(cli.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cli.ray, "init", lambda **settings: asked.append(settings["runtime_env"]))
+    monkeypatch.setattr(cli, "read_ray_address", lambda: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    submitted = {"runtime_env": {"env_vars": {"A": "1"}}, "metadata": {}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(submitted))
+    cli.connect({"A": "1", "B": "2"})
+    cli.connect({"A": "1"})
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+    cli.connect({"A": "1"})
+    assert asked == [{"env_vars": {"B": "2"}}, None, {"env_vars": {"A": "1"}}]
+
+
 @pytest.mark.usefixtures("arguments")
 def test_a_programming_error_keeps_its_trace() -> None:
     def job(config: RunConfig) -> Mapping[str, Any]:

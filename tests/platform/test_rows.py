@@ -39,12 +39,25 @@ def test_rows_are_those_of_the_table(count: int, other: pa.Table, chunks: int) -
 
 
 @pytest.mark.parametrize("count", [2, 2 * _FEW])
-def test_a_time_that_python_does_not_have_costs_no_other_row(count: int) -> None:
-    times = pa.array([2**60 + n if n == 1 else n for n in range(count)], pa.timestamp("us"))
+@pytest.mark.parametrize(
+    ("kind", "late", "first"),
+    [
+        (pa.timestamp("us"), 2**60, datetime.datetime(1970, 1, 1)),
+        (pa.timestamp("us", "UTC"), 2**60, datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)),
+        (pa.date32(), 3_000_000, datetime.date(1970, 1, 1)),
+        (pa.date64(), 3_000_000 * 86_400_000, datetime.date(1970, 1, 1)),
+        (pa.duration("s"), 2**60, datetime.timedelta(0)),
+    ],
+)
+def test_a_time_that_python_does_not_have_costs_no_other_row(
+    count: int, kind: pa.DataType, late: int, first: object
+) -> None:
+    units = pa.int32() if kind == pa.date32() else pa.int64()
+    times = pa.array([late if n == 1 else 0 for n in range(count)], units).view(kind)
     table = pa.table({"id": range(count), "item_id": ["i"] * count, "listed": times})
     found = RowReader(table).read(range(count), table.schema)
-    assert found[1] == {"item_id": "i", "listed": str(2**60 + 1)}
-    assert found[0]["listed"] == datetime.datetime(1970, 1, 1)
+    assert found[1] == {"item_id": "i", "listed": str(late)}
+    assert found[0]["listed"] == first
 
 
 def test_a_number_stays_one_in_a_wider_column() -> None:

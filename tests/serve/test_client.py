@@ -221,6 +221,13 @@ def test_other_errors_are_told_at_once(status: int, clock: Clock) -> None:
     assert clock.slept == []
 
 
+def test_a_request_whose_replica_died_is_asked_again(clock: Clock) -> None:
+    script = Script(Response("<h1>500 Internal Server Error</h1>", 500), JSONResponse(REPLY))
+    with script.running() as url, Client(url) as client:
+        assert client.search(b"x").model == "m"
+    assert len(script.seen) == 2
+
+
 def test_retry_after_is_heeded(clock: Clock) -> None:
     in_a_minute = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
     headers = [{"Retry-After": text} for text in ("7", "0.5", in_a_minute, "soon")]

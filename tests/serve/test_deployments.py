@@ -53,8 +53,15 @@ class Asking:
 
     def _ask(self) -> None:
         while not self._stopped.is_set():
-            reply = self._http.post("/v1/search?k=5", content=self._photo, headers={"content-type": "image/jpeg"})
+            headers = {"content-type": "image/jpeg", "content-length": str(len(self._photo))}
+            reply = self._http.post("/v1/search?k=5", content=self._pieces(), headers=headers)
             self.replies.append((reply.status_code, reply.json()))
+
+    def _pieces(self) -> Iterator[bytes]:
+        """Yield the photo as it comes over a network: later than the head, and not at once."""
+        for start in range(0, len(self._photo), 4096):
+            time.sleep(0.002)
+            yield self._photo[start : start + 4096]
 
     def __enter__(self) -> Asking:
         for thread in self._threads:

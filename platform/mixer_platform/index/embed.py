@@ -142,6 +142,8 @@ def _conform(batch: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
             f"{source}: column {unknown[0]} is not in the index; leave it out, or add it to the whole catalogue and "
             "run jobs/index.py build"
         )
+    if "image" in columns:  # where it is, for services look below the catalogue's folder
+        columns["image"] = batch[IMAGE].cast(schema.field("image").type)
     deleted = pa.array([False] * len(batch), pa.bool_())
     return pa.table({**columns, IMAGE: batch[IMAGE], REASON: batch[REASON], DELETED_ROW: deleted})
 

@@ -7,7 +7,7 @@ import contextvars
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from mixer_platform.serve.errors import late, unavailable
@@ -21,7 +21,6 @@ class _Waiting(Generic[Work, Result]):
     work: Work
     expires: float
     result: asyncio.Future[Result]
-    since: float = field(default_factory=time.monotonic)
 
 
 class Batcher(Generic[Work, Result]):
@@ -41,7 +40,7 @@ class Batcher(Generic[Work, Result]):
         self._process, self._max_batch, self._concurrent, self._max_queued = process, max_batch, concurrent, max_queued
         self._queue: deque[_Waiting[Work, Result]] = deque()
         self._running: set[asyncio.Task[None]] = set()
-        self.observe: Callable[[int, float], None] = lambda size, waited_s: None
+        self.observe: Callable[[int], None] = lambda size: None
 
     @property
     def waiting(self) -> int:
@@ -94,7 +93,7 @@ class Batcher(Generic[Work, Result]):
 
     async def _run(self, batch: list[_Waiting[Work, Result]]) -> None:
         try:
-            self.observe(len(batch), time.monotonic() - batch[0].since)
+            self.observe(len(batch))
             results = await self._process([each.work for each in batch])
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results of {len(batch)}")

@@ -38,6 +38,7 @@ Reply = TypeVar("Reply", bound=BaseModel)
 Photo = bytes | Path
 
 RETRIED = frozenset((429, 502, 503, 504))  # every request only asks, so each may be asked again
+_LOST = "http_500"  # in a proxy's words, not the service's: the replica that had the request died
 FIRST_WAIT_S = 0.1
 LONGEST_WAIT_S = 5.0
 _STARTS = {b"\x89PNG": "image/png", b"RIFF": "image/webp"}
@@ -169,9 +170,9 @@ class Client:
             else:
                 if status == 200:
                     return self._parse(reply, content)
-                failure = _error(status, found, content)
-                if status not in RETRIED:
-                    raise failure
+                failure = refusal = _error(status, found, content)
+                if status not in RETRIED and refusal.code != _LOST:
+                    raise refusal
                 asked_to_wait_s = _retry_after_s(found.get("Retry-After"))
             wait_s = asked_to_wait_s + random.uniform(0, min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt))
             attempt += 1

@@ -77,8 +77,9 @@ def wait_for_interrupt() -> None:
 
 def stop() -> None:
     """Take the application down, and Ray Serve with it if nothing else runs there."""
-    ray_serve.delete(APPLICATION)
-    _delete_backends()
+    names = [name for name in ray_serve.status().applications if name == APPLICATION or _is_backend(name)]
+    # All in one message, which Serve then has even if this process is killed as it waits: `ray job stop` gives it 3 s.
+    _get_global_client().delete_apps(names)
     if not ray_serve.status().applications:
         ray_serve.shutdown()
 
@@ -117,8 +118,12 @@ def free_port(host: str, port: int) -> int:
 
 def _delete_backends() -> None:
     for name in ray_serve.status().applications:
-        if name.startswith(backend_name("")):
+        if _is_backend(name):
             ray_serve.delete(name)
+
+
+def _is_backend(application: str) -> bool:
+    return application.startswith(backend_name(""))
 
 
 def _wait_until_running() -> None:

@@ -81,7 +81,7 @@ class Metrics:
         if searched.missing_shards:
             self._degraded.inc(1, {})
 
-    def batch(self, size: int, waited_s: float) -> None:
+    def batch(self, size: int) -> None:
         """Record a batch as it is begun: `Batcher.observe`."""
         self._batch.observe(size, {})
 
