@@ -22,11 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from quality import CONFIG, interval, published_hits
+from quality import CONFIG, interval, published_hits, read_logs
 
 from mixer_platform import versions
 from mixer_platform.cli import connect
 from mixer_platform.config import RunConfig, load_config
+from mixer_platform.inputs import unmarked
 from mixer_platform.prepare.job import prepare
 from mixer_platform.train.job import train
 
@@ -36,9 +37,9 @@ LOGGED, LISTED = 0.7, 0.8  # shares of what there is in all that the earlier mod
 def write_first_days(data: Path, folder: Path) -> None:
     """Write what there was of the logs and items before; everything else is linked."""
     folder.mkdir()
-    items, logs = pq.read_table(data / "items.parquet"), pq.read_table(data / "logs")
+    items, logs = pq.read_table(data / "items.parquet"), unmarked(read_logs(str(data)))
     for path in data.iterdir():
-        if path.name not in ("items.parquet", "logs"):
+        if path.name != "items.parquet" and not path.name.startswith("logs"):
             (folder / path.name).symlink_to(path)
     listed = items.take(pa.array(np.sort(np.random.default_rng(0).permutation(len(items))[: int(LISTED * len(items))])))
     times = logs["timestamp_ms"].to_numpy()

@@ -240,6 +240,8 @@ class Classification:
         learned = bench.everything if without is None else np.setdiff1d(bench.everything, without)
 
         def loss_of(rows: np.ndarray, plan: EpochPlan) -> Tensor:
+            if not self.text:  # an item without either would teach nothing
+                plan = replace(plan, drop_image=np.zeros_like(plan.drop_image))
             batch = without_text(bench.samples.batch(rows, plan), self.text)
             batch.targets = targets[torch.from_numpy(photos_first(rows, bench.photos))]
             return head(tower(batch, branches=weight > 0), batch.targets_by_branch(weight) if weight else batch.targets)
@@ -314,8 +316,11 @@ def _learn_pairs(
 ) -> Towers:
     """Learn from pairs [pairs, 3] of photo row, item row and how often: as many a step as others see samples.
 
-    `loss_of` takes photos and items, [n, dim] each, and bool [n, n], where another pair's item is this pair's too.
+    `loss_of` takes photos and items, [n, dim] each, and bool [n, n], where another pair's item is a pair with this
+    photo too, and so no negative.
     """
+    paired = torch.zeros(bench.photos, len(bench.item_ids), dtype=torch.bool)
+    paired[pairs[:, 0], pairs[:, 1]] = True
     chance = pairs[:, 2] / pairs[:, 2].sum()
     towers = new_towers(bench, seed)
     tower, count = FrozenTower(towers), len(bench.everything)
@@ -324,7 +329,7 @@ def _learn_pairs(
         photos, items = pairs[rows, 0], pairs[rows, 1]
         each, place = np.unique(items, return_inverse=True)  # an item in many pairs is embedded once
         embeddings = tower(bench.samples.batch(np.concatenate([photos, bench.photos + each]), plan))
-        same = torch.from_numpy((items[:, None] == items) & ~np.eye(len(items), dtype=bool))
+        same = paired[photos][:, items] & ~torch.eye(len(items), dtype=torch.bool)
         return loss_of(embeddings[: len(photos)], embeddings[len(photos) :][torch.from_numpy(place)], same)
 
     steps = steps_of(bench, seed, count, lambda _, rng: rng.choice(len(pairs), count, p=chance))

@@ -32,20 +32,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from learning import Bench, Classification, arcface, infonce, shared_evidence
-from quality import Method, clicked_pairs, cosines, figures_of, hits_of, interval, prepare_bench
+from quality import (
+    Method,
+    cosines,
+    figures_of,
+    hits_of,
+    interval,
+    prepare_bench,
+    read_logs,
+    write_marketplace,
+)
 
 from mixer.targets import Targets
 from mixer_platform import versions
 from mixer_platform.cli import connect
 from mixer_platform.config import load_config
-from mixer_platform.inputs import find_input, read_input, unmarked
-from mixer_platform.prepare.job import prepare
-from mixer_platform.schema import LOGS
 from mixer_platform.simulate.config import ClickConfig
 from mixer_platform.simulate.job import drawings_beside, simulate
-from mixer_platform.storage import open_storage
-from mixer_platform.train.features import FeatureSamples
-from mixer_platform.train.labels import in_training_order, read_labels
 
 METHODS = ("mixer", "infonce", "arcface", "sampled", "true_classes")
 DEMO = Path(__file__).parents[1] / "jobs/configs/demo.yaml"
@@ -63,17 +66,8 @@ def marketplace(folder: Path, level: float, things: int | None) -> tuple[str, fl
 
 def moved_clicks(data: str, folder: Path, share: float) -> tuple[str, float]:
     """Write the marketplace `data` once more, a share of its clicks moved; return the new folder and what was moved."""
-    folder.mkdir(parents=True)
-    for path in Path(data).absolute().iterdir():
-        if not path.name.startswith("logs"):
-            (folder / path.name).symlink_to(path)
-    rows = pa.concat_tables(
-        unmarked(batch)
-        for batch in read_input(find_input(data, LOGS)).iter_batches(batch_size=None, batch_format="pyarrow")
-    )
-    logs, moved = with_moved_clicks(rows, share, np.random.default_rng(0))
-    pq.write_table(logs, folder / "logs.parquet")
-    return str(folder), moved
+    logs, moved = with_moved_clicks(read_logs(data), share, np.random.default_rng(0))
+    return write_marketplace(data, folder, logs), moved
 
 
 def with_moved_clicks(logs: pa.Table, share: float, rng: np.random.Generator) -> tuple[pa.Table, float]:
@@ -110,29 +104,6 @@ def with_moved_clicks(logs: pa.Table, share: float, rng: np.random.Generator) ->
     times = pa.array(dwell, pa.float64(), from_pandas=True)
     logs = logs.set_column(logs.schema.get_field_index("dwell_ms"), "dwell_ms", times)
     return logs.filter(pa.array(kept)), len(clicks) / count
-
-
-def relabelled(bench: Bench, data: str, workspace: str) -> Bench:
-    """Return the bench of other logs of the same photos and items, whose features are known already."""
-    config = bench.config.model_copy(update={"data": data, "workspace": workspace})
-    storage = open_storage(workspace)
-    prepared = prepare(config)
-    rows = pq.read_table(storage.path(f"samples/{prepared['version']}/train"), filesystem=storage.filesystem)
-    rows = in_training_order(rows)
-    place = {key: row for row, key in enumerate(bench.samples.ids)}
-    known = np.array([key in place for key in rows["sample_id"].to_pylist()])
-    rows = rows.filter(known)
-    ids = rows["sample_id"].to_pylist()
-    at = torch.tensor([place[key] for key in ids])
-    photos, items = at[at < bench.photos], at[at >= bench.photos] - bench.photos
-    samples = object.__new__(FeatureSamples)
-    samples.__dict__ |= bench.samples.__dict__
-    samples.ids, samples.photos = ids, bench.samples.photos[photos]
-    samples.labels, samples.targets = read_labels(rows)
-    for name in ("pictures", "has_image", "tokens", "token_mask"):
-        setattr(samples, name, getattr(bench.samples, name)[items])
-    other = replace(bench, config=config, samples=samples, classes=prepared["classes"])
-    return replace(other, clicks=clicked_pairs(other))
 
 
 def true_classes(bench: Bench, data: str) -> torch.Tensor:
@@ -186,7 +157,6 @@ def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     heads = ("R@1", "95 %", "Mixer ahead by", "wrong clicks", "coverage", "purity", "merged")
     print(f"{'':10}{'':14}" + "".join(f"{head:>17}" for head in heads))
     levels: list[dict[str, Any]] = []
-    base: Bench | None = None
     for level in arguments.levels:
         if arguments.data:
             moved = (level - arguments.wrong) / (1 - arguments.wrong)
@@ -194,9 +164,7 @@ def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             wrong = arguments.wrong + (1 - arguments.wrong) * moved  # a moved click may still, rarely, be right
         else:
             data, wrong = marketplace(folder, level, arguments.things)
-        workspace = str(folder / f"workspace-{level}")
-        base = base or prepare_bench(data, workspace)
-        bench = relabelled(base, data, workspace)
+        bench = prepare_bench(data, str(folder / f"workspace-{level}"))
         mixer = Classification(shared_evidence(bench), bench.classes)
         sampled = replace(mixer, rate=0.1)
         methods: dict[str, Method] = {"mixer": mixer, "infonce": infonce, "arcface": arcface, "sampled": sampled}

@@ -6,8 +6,8 @@ The same cached features of the frozen encoder, the same towers, photos and numb
 process; the fine-tuned model comes from the product's train job. Prints tables (means over seeds, 95 % bootstrap
 intervals over photos) and, as its last line, one JSON object. FOLDER holds `items`, `queries`, `logs` and `val`.
 
-"New listings" are found by photos of things whose listings the logs know, when a third of all items was not learned
-from: a photo's other right items are taken out of the gallery.
+"New listings" are a third of all items, three times over, that are taken out of the logs, before these are organised,
+and not learned from: each photo of one has to find it, its other right items taken out of the gallery.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from learning import (
@@ -58,12 +59,14 @@ from mixer_platform.cli import connect
 from mixer_platform.config import RunConfig, load_config
 from mixer_platform.errors import MissingError
 from mixer_platform.evaluate.job import find_truth
-from mixer_platform.inputs import IMAGE, REASON, find_input, read_input
+from mixer_platform.inputs import IMAGE, REASON, find_input, read_input, unmarked
+from mixer_platform.prepare import rows
 from mixer_platform.prepare.job import prepare
 from mixer_platform.schema import ITEMS, LOGS
 from mixer_platform.storage import open_storage, read_uri
 from mixer_platform.train.features import FeatureSamples, cache_features
 from mixer_platform.train.job import train
+from mixer_platform.train.labels import in_training_order, read_labels
 from mixer_platform.train.stages import encoder_widths
 
 CONFIG = Path(__file__).parents[1] / "jobs/configs/local.yaml"
@@ -98,21 +101,57 @@ def read_truth(config: RunConfig, embed: Callable[[Any], np.ndarray]) -> tuple[T
     return torch.from_numpy(np.array(asked)), relevant
 
 
+def read_logs(data: str) -> pa.Table:
+    """Return the log rows, marked as `inputs.mark_rows` does."""
+    batches = read_input(find_input(data, LOGS)).iter_batches(batch_size=None, batch_format="pyarrow")
+    return pa.concat_tables(batches).combine_chunks()
+
+
+def write_marketplace(data: str, folder: Path, logs: pa.Table) -> str:
+    """Write a marketplace that has everything of `data`, linked, but other logs; return its folder."""
+    folder.mkdir(parents=True)
+    for path in Path(data).absolute().iterdir():
+        if not path.name.startswith("logs"):
+            (folder / path.name).symlink_to(path)
+    pq.write_table(unmarked(logs), folder / "logs.parquet")
+    return str(folder)
+
+
+def relabelled(bench: Bench, data: str) -> Bench:
+    """Return the bench of other logs that speak of the same photos, or of fewer, whose features are known already."""
+    config = bench.config.model_copy(update={"data": data})
+    storage = open_storage(config.workspace)
+    prepared = prepare(config)
+    labelled = pq.read_table(storage.path(f"samples/{prepared['version']}/train"), filesystem=storage.filesystem)
+    labelled = in_training_order(labelled)
+    place = {key: row for row, key in enumerate(bench.samples.ids)}
+    ids = labelled["sample_id"].to_pylist()
+    at = torch.tensor([place[key] for key in ids])
+    photos, items = at[at < bench.photos], at[at >= bench.photos] - bench.photos
+    samples = object.__new__(FeatureSamples)
+    samples.__dict__ |= bench.samples.__dict__
+    samples.ids, samples.photos = ids, bench.samples.photos[photos]
+    samples.labels, samples.targets = read_labels(labelled)
+    for name in ("pictures", "has_image", "tokens", "token_mask"):
+        setattr(samples, name, getattr(bench.samples, name)[items])
+    other = replace(bench, config=config, samples=samples, classes=prepared["classes"])
+    return replace(other, clicks=clicked_pairs(other))
+
+
 def clicked_pairs(bench: Bench) -> np.ndarray:
-    """Return photo row, item row and clicks of the clicked pairs that are samples, int64 [pairs, 3]."""
-    logs = read_input(find_input(bench.config.data, LOGS)).iter_batches(batch_size=None, batch_format="pyarrow")
-    clicks = pa.concat_tables(
-        batch.filter(pc.and_(pc.is_null(batch[REASON]), pc.equal(batch["event"], "click"))).select(
-            ["query_id", "item_id"]
-        )
-        for batch in logs
-    )
+    """Return photo row, item row and clicks of the clicked pairs that are samples, int64 [pairs, 3].
+
+    Of the rows that the product counts: no repeats, no robots.
+    """
+    logs = rows.mark_repeats(read_logs(bench.config.data), "event_id")
+    logs = rows.mark_robots(logs, bench.config.prepare.labeling.robot_clicks)
+    clicks = logs.filter(pc.and_(pc.is_null(logs[REASON]), pc.equal(logs["event"], "click")))
     counted = clicks.group_by(["query_id", "item_id"]).aggregate([([], "count_all")])
     photo = {key: row for row, key in enumerate(bench.samples.ids[: bench.photos])}
     item = {key: row for row, key in enumerate(bench.item_ids)}
-    rows = zip(*(column.to_pylist() for column in counted.columns), strict=True)
+    pairs = zip(*(column.to_pylist() for column in counted.columns), strict=True)
     # Sorted, for Ray Data reads in any order and methods draw from them, or take the last of equally clicked ones.
-    return np.array(sorted((photo[q], item[i], n) for q, i, n in rows if q in photo and i in item))
+    return np.array(sorted((photo[q], item[i], n) for q, i, n in pairs if q in photo and i in item))
 
 
 # Measuring ----------------------------------------------------------------------------------------------------------
@@ -145,25 +184,34 @@ def hits_of(item_ids: list[str], relevant: list[set[str]], cosines: Tensor) -> n
     return relevance([[item_ids[row] for row in rows] for rows in best], relevant)
 
 
+def without_listings(bench: Bench, folder: Path) -> list[tuple[Bench, np.ndarray]]:
+    """Return, for each fold, the bench of logs that do not know a part of the items, and which these are, bool
+    [items]."""
+    logs, folds = read_logs(bench.config.data), []
+    shuffled = np.random.default_rng(0).permutation(len(bench.item_ids))
+    for fold in range(FOLDS):
+        new = np.isin(np.arange(len(bench.item_ids)), shuffled[fold::FOLDS])
+        names = pa.array([item for item, is_new in zip(bench.item_ids, new, strict=True) if is_new], pa.string())
+        known = logs.filter(pc.invert(pc.fill_null(pc.is_in(logs["item_id"], names), False)))
+        folds.append((relabelled(bench, write_marketplace(bench.config.data, folder / f"fold-{fold}", known)), new))
+    return folds
+
+
 def new_listing_hits(
-    bench: Bench, method: Callable[..., Towers], seed: int, shown: list[dict[str, bool]]
+    bench: Bench, new: np.ndarray, method: Classification, seed: int, shown: list[dict[str, bool]]
 ) -> np.ndarray:
-    """Return how often each photo found a new listing at once, over the folds in which it has one, else nan.
+    """Return whether each photo found a listing of those that are `new` at once; nan where it has none.
 
     That is [len(shown), photos], for what is shown of the items.
     """
-    right = torch.tensor([[item in items for item in bench.item_ids] for items in bench.relevant])
-    shuffled = np.random.default_rng(seed).permutation(len(bench.item_ids))
-    found = np.full((FOLDS, len(shown), len(bench.relevant)), np.nan)
-    for fold in range(FOLDS):
-        new = torch.zeros(len(bench.item_ids), dtype=torch.bool)
-        new[torch.from_numpy(shuffled[fold::FOLDS])] = True
-        towers = method(bench, seed, without=bench.photos + new.nonzero()[:, 0].numpy())
-        asked = (right & new).any(dim=1).numpy()
-        for row, parts in enumerate(shown):
-            first = cosines(bench, towers, **parts).masked_fill(right & ~new, -2).argmax(dim=1)
-            found[fold, row, asked] = (right & new)[torch.arange(len(first)), first].numpy()[asked]
-    return mean_known(found)
+    right, fresh = torch.tensor([[i in items for i in bench.item_ids] for items in bench.relevant]), torch.tensor(new)
+    towers = method(bench, seed, without=bench.photos + np.flatnonzero(new))
+    asked = (right & fresh).any(dim=1).numpy()
+    found = np.full((len(shown), len(bench.relevant)), np.nan)
+    for row, parts in enumerate(shown):
+        first = cosines(bench, towers, **parts).masked_fill(right & ~fresh, -2).argmax(dim=1)
+        found[row, asked] = (right & fresh)[torch.arange(len(first)), first].numpy()[asked]
+    return found
 
 
 def mean_known(values: np.ndarray) -> np.ndarray:
@@ -300,26 +348,30 @@ def show(label: str, figures: dict[str, Any]) -> None:
     print(f"{label:52}{figures['r1']:7.3f}{f'{low:.3f} to {high:.3f}':>16}{row}{figures['seconds']:8.1f}", flush=True)
 
 
-def compare_on_new_listings(bench: Bench, seeds: int) -> dict[str, dict[str, Any]]:
+def compare_on_new_listings(bench: Bench, folder: Path, seeds: int) -> dict[str, dict[str, Any]]:
     """Print the second table: what the text is worth for items that nobody has clicked yet. Return its figures."""
-    mixer = Classification(shared_evidence(bench), bench.classes)
     both: list[tuple[str, dict[str, bool]]] = [("", {})]
-    rows: dict[str, tuple[Callable[..., Towers], list[tuple[str, dict[str, bool]]]]] = {
-        "Mixer": (mixer, [*both, (", shown without pictures", {"picture": False})]),
-        "  picture only": (replace(mixer, text=False), [("", {"text": False})]),
-        "  the transformations as learned": (replace(mixer, interpolation=1.0), both),
-        "  shuffled titles": (mixer, both),
-        "  branches do not learn by themselves": (replace(mixer, branch_weight=0.0), both),
-        "  no concept memory": (replace(mixer, make=NoMemory), both),
-        "  concatenated text": (replace(mixer, make=Concatenated), both),
-        "  query and value reversed": (replace(mixer, make=Reversed), both),
+    rows: dict[str, tuple[dict[str, Any], list[tuple[str, dict[str, bool]]]]] = {
+        "Mixer": ({}, [*both, (", shown without pictures", {"picture": False})]),
+        "  picture only": ({"text": False}, [("", {"text": False})]),
+        "  the transformations as learned": ({"interpolation": 1.0}, both),
+        "  shuffled titles": ({}, both),
+        "  branches do not learn by themselves": ({"branch_weight": 0.0}, both),
+        "  no concept memory": ({"make": NoMemory}, both),
+        "  concatenated text": ({"make": Concatenated}, both),
+        "  query and value reversed": ({"make": Reversed}, both),
     }
+    folds = without_listings(bench, folder)
     print(f"\nNew listings, {FOLDS} folds{'':34}{'R@1':>7}{'95 %':>16}{'over picture only':>28}")
     found: dict[str, np.ndarray] = {}
-    for label, (method, shown) in rows.items():
-        benches = [shuffled_titles(bench, seed) if "shuffled" in label else bench for seed in range(seeds)]
-        parts = [part for _, part in shown]
-        right = mean_known(np.array([new_listing_hits(each, method, seed, parts) for seed, each in enumerate(benches)]))
+    for label, (changes, shown) in rows.items():
+        runs = []
+        for seed in range(seeds):
+            for known, new in folds:
+                method = Classification(shared_evidence(known), known.classes, **changes)
+                told = shuffled_titles(known, seed) if "shuffled" in label else known
+                runs.append(new_listing_hits(told, new, method, seed, [part for _, part in shown]))
+        right = mean_known(np.array(runs))
         found |= {label + addition: hits for (addition, _), hits in zip(shown, right, strict=True)}
     results: dict[str, dict[str, Any]] = {}
     for label, right in found.items():
@@ -350,7 +402,7 @@ def main() -> None:
         bench = prepare_bench(str(Path(arguments.data).resolve()), arguments.workspace or scratch)
         results = compare(bench, arguments.seeds, arguments.fine_tune, arguments.rows)
         left_out = arguments.rows and "new_listings" not in arguments.rows
-        new = {} if left_out else compare_on_new_listings(bench, arguments.seeds)
+        new = {} if left_out else compare_on_new_listings(bench, Path(scratch), arguments.seeds)
     report: dict[str, Any] = {
         **results,
         "new_listings": new,

@@ -32,7 +32,9 @@ class LabelingConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     robot_clicks: int = Field(6, ge=2, description="a session with this many clicks is a robot's")
-    candidates: int = Field(32, ge=1, description="classes that a photo keeps evidence of, the strongest first")
+    candidates: int = Field(
+        32, ge=1, description="classes that a photo keeps evidence of, first those that are likelier than one not shown"
+    )
     trust: float = Field(30.0, gt=0, description="nats that behaviour may say at most of one pair of items")
     titles: bool = Field(True, description="let items' titles speak too, as far as behaviour shows that they tell")
     common_words: int = Field(1000, ge=1, description="words in more titles than this tell nothing")
@@ -64,7 +66,7 @@ def organise(counts: pa.Table, items: pa.Table, config: LabelingConfig) -> Label
     """
     # In one order whatever order the rows came in: sums are then the same to the bit, and ties fall alike.
     order = [(name, "ascending") for name in ("query_id", "item_id", "position")]
-    counts = counts.select(COUNTS.names).cast(COUNTS).sort_by(order)
+    counts = with_lost_clicks(counts.select(COUNTS.names).cast(COUNTS)).sort_by(order)
     model = fit_click_model(counts)
     pairs = evidence(counts, model)
     together = same_thing_evidence(pairs, model.share, config.trust)
@@ -76,6 +78,15 @@ def organise(counts: pa.Table, items: pa.Table, config: LabelingConfig) -> Label
 
 
 PAIR = ("left", "right")
+
+
+def with_lost_clicks(counts: pa.Table) -> pa.Table:
+    """Return COUNTS with as many clicks as there must have been: a shop may log what is bought, and lose clicks.
+
+    A cart and its purchase are two of "purchases" and take one click.
+    """
+    clicks = pc.max_element_wise(counts["clicks"], pc.divide(pc.add(counts["purchases"], 1), 2))
+    return counts.set_column(counts.column_names.index("clicks"), "clicks", clicks)
 
 
 def same_thing_evidence(pairs: pa.Table, share: float, trust: float) -> pa.Table:
@@ -209,7 +220,6 @@ def photo_evidence(pairs: pa.Table, items: pa.Table, candidates: int) -> pa.Tabl
     values = pc.add(summed["evidence_sum"], summed["standing_mean"])
     values = pc.round(values, 9)  # threads sum in any order: the last bits must not break ties
     table = pa.table([summed["query_id"], summed["class_id"], values], names=["query_id", "class_id", "evidence"])
-    table = table.append_column("strength", pc.abs(values))
     best = pc.max(items["class_id"]).as_py() if len(items) else None
     classes = 0 if best is None else best + 1
 
@@ -223,7 +233,10 @@ def photo_evidence(pairs: pa.Table, items: pa.Table, candidates: int) -> pa.Tabl
     rest = np.log(np.maximum(classes - shown, _TINY)) + unseen
     confidence = np.exp(-np.logaddexp(np.log(np.maximum(total, 1.0)), rest - highest))
 
-    table = table.sort_by([("query_id", "ascending"), ("strength", "descending"), ("class_id", "ascending")])
+    above = table["evidence"].to_numpy() - unseen[photo]
+    table = table.append_column("against", pa.array(above <= 0)).append_column("strength", pa.array(np.abs(above)))
+    order = [("query_id", "ascending"), ("against", "ascending"), ("strength", "descending"), ("class_id", "ascending")]
+    table = table.sort_by(order)
     rank = np.arange(len(table)) - np.repeat(starts, shown)
     kept = table.filter(pa.array(rank < candidates))
     offsets = pa.array(np.concatenate([[0], np.cumsum(np.minimum(shown, candidates))]), pa.int32())

@@ -26,7 +26,7 @@ def greedy_multicut(
         around[left][right] = around[right][left] = odds
 
     def gain(left: str, right: str) -> float:
-        return around[left][right] + default * len(members[left]) * len(members[right])
+        return around[left][right] + default * (len(members[left]) * len(members[right]))
 
     heap = [(-gain(left, right), left, right) for left in around for right in around[left] if left < right]
     heap = [entry for entry in heap if entry[0] < 0]

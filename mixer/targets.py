@@ -153,7 +153,8 @@ def from_belief(classes: Tensor, belief: Tensor, floor: float, weights: Tensor) 
 
 
 def _strongest(classes: Tensor, values: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Sum the values of equal classes in each row; return the `width` classes of greatest magnitude and their sums."""
+    """Sum the values of equal classes in each row; return `width` classes and their sums: first those of which it is
+    positive, then those of which it is not, the greatest magnitude first."""
     classes, order = classes.sort(dim=1, stable=True)
     values = values.gather(1, order)
     begins = F.pad(classes.diff(dim=1) != 0, (1, 0), value=True)
@@ -161,5 +162,6 @@ def _strongest(classes: Tensor, values: Tensor, width: int) -> tuple[Tensor, Ten
     sums = torch.zeros_like(values).scatter_add_(1, place, values)
     names = torch.full_like(classes, PADDING).scatter_(1, place, classes)
     sums[names == PADDING] = 0
-    strongest = sums.abs().topk(width, dim=1).indices
+    strength = sums.abs()
+    strongest = (strength + (sums > 0) * (strength.amax() + 1)).topk(width, dim=1).indices
     return names.gather(1, strongest), sums.gather(1, strongest)

@@ -25,6 +25,7 @@ from mixer.labeling import (
     same_thing_evidence,
     title_similarity,
     titles_worth,
+    with_lost_clicks,
 )
 
 CONFIG = LabelingConfig()
@@ -155,9 +156,28 @@ def test_photo_evidence_equals_the_naive_one() -> None:
         assert row["class_id"] == max(values, key=lambda label: values[label])
         odds = [math.exp(values.get(label, row["unseen"])) for label in range(4)]
         assert row["confidence"] == pytest.approx(odds[row["class_id"]] / sum(odds), rel=1e-4)
-        strongest = sorted(values, key=lambda label: -abs(values[label]))[:2]
+        above = {label: value - row["unseen"] for label, value in values.items()}
+        strongest = sorted(values, key=lambda label: (above[label] <= 0, -abs(above[label])))[:2]
         assert row["candidates"] == strongest
         assert row["evidence"] == pytest.approx([values[label] for label in strongest], rel=1e-5)
+
+
+def test_what_was_clicked_is_kept_however_much_was_passed_over() -> None:
+    items = pa.table({"item_id": [f"i{n:02}" for n in range(60)], "class_id": pa.array(range(60), pa.int64())})
+    rows = [("p", f"i{n:02}", 4.0 if n == 7 else -6.0, 0.0) for n in range(40)]
+    (row,) = photo_evidence(table_of("query_id item_id evidence standing", rows), items, 8).to_pylist()
+    assert row["class_id"] == row["candidates"][0] == 7
+    assert row["evidence"][0] == 4
+
+
+def test_what_was_bought_was_clicked_whether_or_not_that_is_logged() -> None:
+    def counts(clicks: int, purchases: int) -> pa.Table:
+        row = {"query_id": "p", "item_id": "i", "position": 0, "impressions": 3, "clicks": clicks, "dwells": 0}
+        row |= {"purchases": purchases, "log_dwell": 0.0, "log_dwell_squared": 0.0}
+        return pa.Table.from_pylist([row], COUNTS)
+
+    for clicks, purchases, found in ((0, 0, 0), (0, 1, 1), (0, 2, 1), (0, 3, 2), (1, 2, 1), (5, 2, 5)):
+        assert with_lost_clicks(counts(clicks, purchases)).to_pylist() == counts(found, purchases).to_pylist()
 
 
 def test_evidence_of_any_size_is_no_crash() -> None:

@@ -87,3 +87,14 @@ def test_neither_the_order_nor_the_side_of_edges_matters() -> None:
         shuffled = [edges[place] for place in rng.permutation(len(edges))]
         turned = [(b, a, odds) if rng.random() < 0.5 else (a, b, odds) for a, b, odds in shuffled]
         assert greedy_multicut(reversed(nodes), turned, -0.2, 9) == expected
+
+
+def test_no_two_clusters_would_gain_by_joining() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(1500):
+        nodes, default = [f"{n:02}" for n in range(rng.integers(4, 12))], -float(rng.random())
+        edges = [(left, right, float(rng.normal(1, 2))) for left, right in itertools.combinations(nodes, 2)]
+        clusters = greedy_multicut(nodes, edges, default, len(nodes))
+        for one, other in itertools.combinations(clusters, 2):
+            apart = value([one, other], edges, default)
+            assert value([one + other], edges, default) - apart < 1e-9

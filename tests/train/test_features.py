@@ -133,11 +133,19 @@ def test_batches_without_photos_or_without_items(cached: FeatureSamples) -> None
 
 
 def test_photos_share_evidence_and_items_do_not(cached: FeatureSamples) -> None:
-    before = cached.targets.over(range(3))
-    cached.pool_evidence(3, 3)
-    after = cached.targets.over(range(3))
-    assert not torch.equal(after[:PHOTOS], before[:PHOTOS])
-    assert torch.equal(after[PHOTOS:], before[PHOTOS:])
+    own = cached.targets
+    found = []
+    for held_out in ([], [1, 4]):
+        cached.targets = own
+        cached.pool_evidence(3, 3, np.array(held_out, int))
+        found.append(cached.targets.over(range(3)))
+        assert torch.equal(found[-1][PHOTOS:], own.over(range(3))[PHOTOS:])
+    changed = [(after != own.over(range(3)))[:PHOTOS].any(dim=1) for after in found]
+    assert changed[0][[1, 4]].any()
+    assert not changed[1][[1, 4]].any(), "they have evidence of others"
+    lent = (found[0] != found[1])[:PHOTOS].any(dim=1)
+    lent[[1, 4]] = False
+    assert lent.any(), "nobody had theirs"
 
 
 def test_a_picture_that_broke_after_prepare_is_named(

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mixer.targets import Targets, concatenate
-from mixer_platform.train.loop import held_out_recall, split_holdout
+from mixer_platform.train.loop import held_out_recall
+from mixer_platform.train.stages import split_holdout
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.49])

@@ -25,7 +25,7 @@ def test_samples_are_waited_for(
     job |= {"features": local.folders("features")[0], "model": architecture.model_dump(), "train": config.model_dump()}
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client gives up at once
     flaky.fail("unavailable", 3, requests)
-    samples = read_samples(job, config)
+    samples, _, _ = read_samples(job, config)
     assert (len(samples.photos), len(samples.labels)) == (12, 18)
     flaky.fail("unavailable", 3, requests)
     assert len(with_pictures(job, samples).labels) == 18

@@ -122,6 +122,8 @@ def saved(workspace: Path, model: MixerModel) -> dict[str, torch.Tensor]:
         (0, {"interpolation": 1.0}, 1.0),  # its encoder was fine-tuned
         (0, {}, 1.0),  # of before there was any
         (8, {"interpolation": 0.8}, 1.0),
+        (0, {"interpolation": 1.0, "fine_tuned": False}, 0.8),  # it was asked for
+        (0, {"interpolation": 1.0, "fine_tuned": True}, 1.0),
     ],
 )
 def test_a_fine_tuned_model_keeps_all_it_learned(epochs: int, start: dict[str, Any] | None, share: float) -> None:

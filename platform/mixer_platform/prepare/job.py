@@ -41,7 +41,7 @@ SAMPLES = pa.schema(
         ("unseen", pa.float32()),  # nats of every other class
     ]
 )
-_FORM = 2  # of what labels say; samples of another form are not taken again
+_FORM = 3  # of what labels say; samples of another form are not taken again
 _REPORTED = 50  # positions, of thousands that logs may have
 _log = logging.getLogger(__name__)
 

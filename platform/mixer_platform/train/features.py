@@ -185,12 +185,12 @@ class FeatureSamples:
         missing = torch.zeros(items, views, 1, image_width, dtype=torch.float16)
         self.pictures = missing if pictures is None else pictures
 
-    def pool_evidence(self, classes: int, neighbours: int) -> None:
-        """Let photos that look alike share what the logs say of each."""
-        count = len(self.photos)
-        photos, items = torch.arange(count), torch.arange(count, len(self.labels))
-        pooled = pool_evidence(self.photos[:, 0].float(), self.targets[photos], classes, neighbours)
-        self.targets = concatenate([pooled, self.targets[items]])
+    def pool_evidence(self, classes: int, neighbours: int, held_out: np.ndarray) -> None:
+        """Let photos that look alike, but for those held out, share what the logs say of each."""
+        photos = torch.from_numpy(np.setdiff1d(np.arange(len(self.photos)), held_out))
+        rest = torch.from_numpy(np.setdiff1d(np.arange(len(self.labels)), photos.numpy()))
+        pooled = pool_evidence(self.photos[photos, 0].float(), self.targets[photos], classes, neighbours)
+        self.targets = concatenate([pooled, self.targets[rest]])[torch.cat([photos, rest]).argsort()]
 
     def pooled(self, towers: Towers) -> Tensor:
         """Return the first view of every sample with a picture, as `towers` pool it, [n, width]."""

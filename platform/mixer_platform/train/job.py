@@ -110,6 +110,7 @@ def train(config: RunConfig) -> dict[str, Any]:
         "start": learning.start,
         "kept_classes": kept,
         "interpolation": interpolation_of(config.train, start),
+        "fine_tuned": was_fine_tuned(config.train, start),
         "history": state["history"],
         "seconds_features": round(cached - started, 2),
         "seconds": round(time.monotonic() - started, 2),
@@ -124,8 +125,13 @@ def train(config: RunConfig) -> dict[str, Any]:
 def interpolation_of(config: TrainConfig, start: dict[str, Any] | None) -> float:
     """Return how much of what the transformations learned is published: all of it where the encoder was fine-tuned, now
     or before the model that the run starts from, for they were initialised by what the encoder saw untrained."""
-    whole_before = start is not None and start.get("interpolation", 1.0) == 1.0
-    return 1.0 if config.fine_tune.epochs or whole_before else config.interpolation
+    return 1.0 if was_fine_tuned(config, start) else config.interpolation
+
+
+def was_fine_tuned(config: TrainConfig, start: dict[str, Any] | None) -> bool:
+    """Return whether the encoder learned, in this run or before; older manifests say so by what was published."""
+    before = start is not None and start.get("fine_tuned", start.get("interpolation", 1.0) == 1.0)
+    return bool(config.fine_tune.epochs or before)
 
 
 def _fit(job: dict[str, Any], config: RunConfig) -> None:

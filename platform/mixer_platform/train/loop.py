@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from mixer.metrics import hit_at_k
 from mixer.sampling import class_chances
-from mixer.targets import Targets
 from mixer.training import Batch
 from mixer_platform.config import TrainConfig
 from mixer_platform.patience import patiently
@@ -48,10 +47,9 @@ def train_worker(job: dict[str, Any]) -> None:
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
 
-    samples = read_samples(job, config)
+    samples, rows, held_out = read_samples(job, config)
     state = newest(checkpoints, rank)
     start, history = state["epoch"], state["history"]
-    rows, held_out = split_holdout(samples.targets, len(samples.photos), job["classes"], config.holdout, config.seed)
     stages = stages_of(config)
     stage = stage_of(config, start if state["batches"] else max(start - 1, 0))  # of what was trained last, if anything
     if stage:
@@ -135,19 +133,6 @@ def write_checkpoint(checkpoints: Checkpoints, name: str, trainer: HybridTrainer
     dist.barrier()  # nothing is visible before everybody has written
     if head.rank == 0:
         checkpoints.publish(name, {"step": trainer.step_count, "world": head.world, **place})
-
-
-def split_holdout(
-    targets: Targets, photos: int, classes: int, share: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the rows to learn from and the photos held out to follow recall; photos are the first rows.
-
-    Held out are photos of whose class the logs are surest, of a random half: recall is to tell of the model.
-    """
-    drawn = np.random.default_rng(seed).permutation(photos)[: photos // 2]
-    sure = targets[torch.from_numpy(drawn)].confidence(classes).numpy()
-    held_out = drawn[np.argsort(-sure, kind="stable")][: int(share * photos)]
-    return np.setdiff1d(np.arange(len(targets)), held_out), np.sort(held_out)
 
 
 @torch.no_grad()

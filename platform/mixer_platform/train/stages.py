@@ -42,14 +42,31 @@ def stage_of(config: TrainConfig, epoch: int) -> int:
     return min(epoch // config.epochs, len(stages_of(config)) - 1)
 
 
-def read_samples(job: dict[str, Any], config: TrainConfig) -> Samples:
-    """Return the samples of a run as cached features of the frozen encoder."""
+def read_samples(job: dict[str, Any], config: TrainConfig) -> tuple[Samples, np.ndarray, np.ndarray]:
+    """Return the samples of a run as cached features of the frozen encoder, and `split_holdout` of them.
+
+    Photos that are held out lend nobody their evidence, and have that of nobody.
+    """
     architecture = ModelConfig.model_validate(job["model"])
     storage, widths = patiently(open_storage)(job["workspace"]), tuple(job["widths"])
     samples = patiently(FeatureSamples)(storage, job["features"], widths, config.views, architecture.max_tokens)
+    split = split_holdout(samples.targets, len(samples.photos), job["classes"], config.holdout, config.seed)
     if config.neighbours:
-        samples.pool_evidence(job["classes"], config.neighbours)
-    return samples
+        samples.pool_evidence(job["classes"], config.neighbours, split[1])
+    return samples, *split
+
+
+def split_holdout(
+    targets: Targets, photos: int, classes: int, share: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the rows to learn from and the photos held out to follow recall; photos are the first rows.
+
+    Held out are photos of whose class the logs are surest, of a random half: recall is to tell of the model.
+    """
+    drawn = np.random.default_rng(seed).permutation(photos)[: photos // 2]
+    sure = targets[torch.from_numpy(drawn)].confidence(classes).numpy()
+    held_out = drawn[np.argsort(-sure, kind="stable")][: int(share * photos)]
+    return np.setdiff1d(np.arange(len(targets)), held_out), np.sort(held_out)
 
 
 def with_pictures(job: dict[str, Any], samples: Samples) -> PictureSamples:
