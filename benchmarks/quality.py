@@ -59,7 +59,7 @@ from mixer_platform.cli import connect
 from mixer_platform.config import RunConfig, load_config
 from mixer_platform.errors import MissingError
 from mixer_platform.evaluate.job import find_truth
-from mixer_platform.inputs import IMAGE, REASON, find_input, read_input, unmarked
+from mixer_platform.inputs import IMAGE, find_input, read_input, unmarked
 from mixer_platform.prepare import rows
 from mixer_platform.prepare.job import prepare
 from mixer_platform.schema import ITEMS, LOGS
@@ -138,14 +138,16 @@ def relabelled(bench: Bench, data: str) -> Bench:
     return replace(other, clicks=clicked_pairs(other))
 
 
-def clicked_pairs(bench: Bench) -> np.ndarray:
-    """Return photo row, item row and clicks of the clicked pairs that are samples, int64 [pairs, 3].
+def sound_logs(config: RunConfig) -> pa.Table:
+    """Return the log rows that the product counts: no repeats, no robots."""
+    logs = rows.mark_repeats(read_logs(config.data), "event_id")
+    return rows.sound(rows.mark_robots(logs, config.prepare.labeling.robot_clicks))
 
-    Of the rows that the product counts: no repeats, no robots.
-    """
-    logs = rows.mark_repeats(read_logs(bench.config.data), "event_id")
-    logs = rows.mark_robots(logs, bench.config.prepare.labeling.robot_clicks)
-    clicks = logs.filter(pc.and_(pc.is_null(logs[REASON]), pc.equal(logs["event"], "click")))
+
+def clicked_pairs(bench: Bench) -> np.ndarray:
+    """Return photo row, item row and clicks of the clicked pairs that are samples, int64 [pairs, 3]."""
+    logs = sound_logs(bench.config)
+    clicks = logs.filter(pc.equal(logs["event"], "click"))
     counted = clicks.group_by(["query_id", "item_id"]).aggregate([([], "count_all")])
     photo = {key: row for row, key in enumerate(bench.samples.ids[: bench.photos])}
     item = {key: row for row, key in enumerate(bench.item_ids)}
@@ -187,7 +189,7 @@ def hits_of(item_ids: list[str], relevant: list[set[str]], cosines: Tensor) -> n
 def without_listings(bench: Bench, folder: Path) -> list[tuple[Bench, np.ndarray]]:
     """Return, for each fold, the bench of logs that do not know a part of the items, and which these are, bool
     [items]."""
-    logs, folds = read_logs(bench.config.data), []
+    logs, folds = sound_logs(bench.config), []  # without its clicks on some items a robot would pass for a person
     shuffled = np.random.default_rng(0).permutation(len(bench.item_ids))
     for fold in range(FOLDS):
         new = np.isin(np.arange(len(bench.item_ids)), shuffled[fold::FOLDS])

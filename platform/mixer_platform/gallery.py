@@ -15,7 +15,7 @@ from mixer.calibration import Calibration
 from mixer.fast_faiss import faiss
 from mixer_platform import versions
 from mixer_platform.attributes import Attribute, attributes_of, combined, merged_schema, with_schema
-from mixer_platform.errors import StorageError, VersionError
+from mixer_platform.errors import MissingError, StorageError, VersionError
 from mixer_platform.filters import Filter
 from mixer_platform.item_ids import probes
 from mixer_platform.segment import MISSING, Segment, SegmentEntry, best_of
@@ -66,13 +66,14 @@ def current_version(storage: Storage) -> str:
 
 
 def read_manifest(storage: Storage, version: str = "current") -> IndexManifest:
-    """Return the manifest of an index version; "current" is the one that CURRENT names. Raises StorageError."""
+    """Return the manifest of an index version; "current" is the one that CURRENT names. Raises StorageError, of
+    which MissingError for one that is not there or of a form that is not read here."""
     wanted = current_version(storage) if version == "current" else version
     try:
         return IndexManifest.model_validate(versions.require(storage, KIND, wanted))
     except ValidationError as error:
         address = f"{storage.uri}/{KIND}/{wanted}/{versions.MANIFEST}"
-        raise StorageError(f"{address}: not of a form that is read here; run jobs/index.py build") from error
+        raise MissingError(f"{address}: not of a form that is read here; run jobs/index.py build") from error
 
 
 def check_model(manifest: IndexManifest, model: str) -> None:

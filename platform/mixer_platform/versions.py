@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mixer_platform.errors import StorageError
+from mixer_platform.errors import MissingError, StorageError
 from mixer_platform.storage import LocalStorage, Storage
 
 MANIFEST = "manifest.json"
@@ -73,12 +73,12 @@ def latest(storage: Storage, kind: str) -> str:
 
 
 def require(storage: Storage, kind: str, version: str) -> dict[str, Any]:
-    """Return the manifest of `version` ("latest": the newest). Raises StorageError when it is not published."""
+    """Return the manifest of `version` ("latest": the newest). Raises MissingError when it is not published."""
     if version == "latest":
         version = latest(storage, kind)
     found = manifest(storage, kind, version)
     if found is None:
-        raise StorageError(f"{storage.uri}/{kind}/{version}: no such published version")
+        raise MissingError(f"{storage.uri}/{kind}/{version}: no such published version")
     return found
 
 

@@ -17,7 +17,7 @@ from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.gallery import Shard, merge_top_k, read_manifest, segment_folders
 from mixer_platform.index.embeddings import chain_of, read_rows, vectors
-from mixer_platform.storage import open_storage
+from mixer_platform.storage import open_storage, resolve_uri
 
 ITEMS = 60
 Rows = list[dict[str, Any]]
@@ -93,10 +93,12 @@ class Shop:
         ]
 
     def shown(self) -> dict[str, dict[str, Any]]:
-        """Return the display columns of everything that is found, by item_id."""
+        """Return the display columns of everything that is found, by item_id; `image` is the file that is shown."""
         parts = [(shard, segment) for shard in self.shards() for segment in shard.segments]
         rows = [row for shard, segment in parts for row in shard.items(segment.ids[segment.alive])]
         assert len(rows) == len({row["item_id"] for row in rows})
+        for row in rows:
+            row["image"] = row["image"] and str(Path(resolve_uri(row["image"], str(self.data))).resolve())
         return {row["item_id"]: row for row in rows}
 
     def embedded(self) -> dict[str, np.ndarray]:

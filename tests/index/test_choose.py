@@ -32,7 +32,8 @@ def clustered(count: int, seed: int) -> np.ndarray:
 
 def test_kinds_follow_size_and_memory() -> None:
     assert candidates(EXACT_UP_TO, DIM) == ["Flat"]
-    assert candidates(EXACT_UP_TO, DIM, 4 * DIM - 1) == []
+    assert candidates(EXACT_UP_TO, DIM, 4 * DIM - 1) == ["SQ8", "SQ4"]
+    assert candidates(EXACT_UP_TO, DIM, 1) == []
     kinds = candidates(1_000_000, 256)
     assert "IVF4096,PQ128x4fs,Refine(SQ8)" in kinds
     small = candidates(1_000_000, 256, 300)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,7 @@ from mixer_platform.index.embeddings import LEFT_OUT, TEXT_ONLY
 from mixer_platform.index.job import build, compact, update
 from mixer_platform.index.lifecycle import describe, gc, publish, rollback, unusable, verify
 from mixer_platform.index.worker import ItemWorker, Job
+from mixer_platform.storage import LocalStorage
 from tests.index.conftest import ITEMS, Shop  # type: ignore[import-not-found]
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -73,7 +76,8 @@ def test_a_build_is_searched_as_its_embeddings_are(shop: Shop) -> None:
         best = np.argsort(-row, kind="stable")[:10]
         assert [item for item, _ in found] == [names[place] for place in best]
     shown = shop.shown()
-    assert shown["i7"] == {**shop.rows[7], "description": None}
+    picture = str((shop.data / shop.rows[7]["image"]).resolve())
+    assert shown["i7"] == {**shop.rows[7], "description": None, "image": picture}
     again = build(shop.config)
     assert again["reused"]
     assert again["version"] == report["version"]
@@ -227,6 +231,79 @@ def test_what_is_served_stays_though_nothing_was_written_of_it(shop: Shop) -> No
     assert "i1" in shop.embedded()
 
 
+def test_a_storage_that_does_not_answer_costs_no_version(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build(shop.config)
+    build(shop.with_index(shards=2))
+    read = LocalStorage.read
+
+    def once_in_a_while(storage: LocalStorage, key: str) -> bytes:
+        if key == f"embeddings/{first['embeddings']}/manifest.json":
+            raise StorageError(f"{key}: no answer")
+        return read(storage, key)
+
+    monkeypatch.setattr(LocalStorage, "read", once_in_a_while)
+    before = shop.storage.list("")
+    with pytest.raises(StorageError, match="no answer"):
+        gc(shop.with_index(grace_hours=0))
+    assert shop.storage.list("") == before
+
+
+def test_what_is_brought_back_is_young_to_whoever_collects_garbage(shop: Shop) -> None:
+    build(shop.config)
+    updated = update(shop.changes("some", [shop.item(1, seed=601)]))
+    fresh = build(shop.with_index(shards=2))
+    needed = {f"{kind}/{name}" for kind in ("index", "embeddings") for name in shop.storage.folders(kind)}
+    week_ago = time.time() - 7 * 86_400
+    for path in shop.workspace.rglob("*"):
+        if path.is_file() and "models" not in path.parts:
+            os.utime(path, (week_ago, week_ago))
+    publish(shop.with_index(version=updated["version"]))
+    publish(shop.with_index(version=fresh["version"]))
+    shop.storage.delete("publications")  # nobody knows that it was served
+    assert gc(shop.with_index(keep=1))["deleted"] == []
+    assert {f"{kind}/{name}" for kind in ("index", "embeddings") for name in shop.storage.folders(kind)} == needed
+
+
+def test_embeddings_that_a_build_goes_on_from_are_young(shop: Shop) -> None:
+    with pytest.raises(WishError):
+        build(shop.with_index(memory=100))
+    (made,) = shop.storage.folders("embeddings")
+    week_ago = time.time() - 7 * 86_400
+    for path in (shop.workspace / "embeddings").rglob("*"):
+        os.utime(path, (week_ago, week_ago))
+    assert shop.storage.modified(f"embeddings/{made}") < week_ago + 60
+    build(shop.config)
+    assert shop.storage.modified(f"embeddings/{made}") > week_ago + 60
+
+
+def test_a_way_back_costs_two_records_however_long_the_history(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(shop.config)
+    other = build(shop.with_index(shards=2))["version"]
+    for _ in range(4):
+        rollback(shop.config)
+        publish(shop.with_index(version=other))
+    read, seen = LocalStorage.read, []
+
+    def counted(storage: LocalStorage, key: str) -> bytes:
+        seen.append(key)
+        return read(storage, key)
+
+    monkeypatch.setattr(LocalStorage, "read", counted)
+    rollback(shop.config)
+    assert sum(key.startswith("publications/") for key in seen) == 2
+
+
+def test_pictures_of_an_update_are_shown_from_its_own_folder(shop: Shop) -> None:
+    build(shop.config)
+    config = shop.changes("some", [shop.item(1, seed=601)])
+    folder = Path(config.index.changes or "")
+    (folder / "pictures").unlink()
+    (folder / "pictures").mkdir()
+    (shop.data / "pictures/i1-601.png").rename(folder / "pictures/i1-601.png")
+    assert update(config)["changes"]["without_picture"] == 0
+    assert shop.shown()["i1"]["image"] == str((folder / "pictures/i1-601.png").resolve())
+
+
 def test_an_update_that_leaves_nothing_is_refused(shop: Shop) -> None:
     built = build(shop.config)
     with pytest.raises(InputError, match="nothing would be left in the index; it stays as it is"):
@@ -301,7 +378,7 @@ def test_below_the_wished_recall_nothing_is_published(shop: Shop) -> None:
     with pytest.raises(WishError, match=r"recall@10 is 0\.\d+ at most, and index\.recall_at_10=0\.99 is wished"):
         build(coarse)
     assert shop.storage.tag("index/CURRENT") is None
-    with pytest.raises(WishError, match=r"index\.memory: no kind of index fits 59 items into 100 bytes; allow 4K"):
+    with pytest.raises(WishError, match=r"index\.memory: no kind of index fits 59 items into 100 bytes; allow 1K"):
         build(shop.with_index(memory=100))
     with pytest.raises(ConfigError, match=r"index\.factory: FAISS refuses 'Nonsense'"):
         build(shop.with_index(factory="Nonsense"))

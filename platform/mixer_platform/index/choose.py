@@ -56,7 +56,7 @@ def candidates(items: int, dim: int, each_may_take: float | None = None) -> list
     recall and are slow to train, are tried only if no other kind is small enough.
     """
     if items <= EXACT_UP_TO:
-        return _affordable(["Flat"], dim, each_may_take)
+        return _affordable(["Flat"], dim, each_may_take) or _affordable(["SQ8", "SQ4"], dim, each_may_take)
     lists = f"IVF{number_of_lists(items)}"
     kinds = ["HNSW32", "HNSW32,SQ8", "HNSW16,SQ8", f"{lists},Flat", f"{lists},SQ8", f"{lists},SQ4"]
     codes = [f"PQ{dim // divisor}x4fs" for divisor in (2, 4) if dim % divisor == 0 and (dim // divisor) % 2 == 0]

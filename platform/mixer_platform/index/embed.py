@@ -84,6 +84,7 @@ def _embed(
 ) -> dict[str, Any]:
     if done := versions.manifest(storage, KIND, job.version):
         _log.info("embeddings %s are there already", job.version)
+        versions.use(storage, KIND, job.version)
         return done
     # The folder has no run in its name: what a killed run finished is not done again, and of two runs at once either
     # writes the same rows.

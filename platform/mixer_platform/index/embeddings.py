@@ -36,11 +36,18 @@ Chain = Sequence[dict[str, Any]]  # manifests of embeddings, the newest first
 
 
 def chain_of(storage: Storage, version: str) -> Chain:
-    """Return the manifests of a version and of what it lies on, the newest first. Raises StorageError."""
+    """Return the manifests of a version and of what it lies on, the newest first. Raises StorageError, of which
+    MissingError where one of them is not there."""
     chain = [versions.require(storage, KIND, version)]
     while base := chain[-1].get("base"):
         chain.append(versions.require(storage, KIND, base))
     return chain
+
+
+def use(storage: Storage, chain: Chain) -> None:
+    """Mark embeddings as in use now, so that they are young to whoever collects garbage."""
+    for each in chain:
+        versions.use(storage, KIND, each["version"])
 
 
 def part_key(version: str, number: int) -> str:

@@ -15,7 +15,7 @@ from mixer.images import UnreadableImage, decode
 from mixer_platform import versions
 from mixer_platform.cli import mixer_error_in
 from mixer_platform.config import RunConfig
-from mixer_platform.errors import ConflictError, InputError, StorageError
+from mixer_platform.errors import ConflictError, InputError, MissingError, StorageError
 from mixer_platform.gallery import CURRENT, KIND, IndexManifest, check_model, read_manifest
 from mixer_platform.index import embeddings
 from mixer_platform.index.build import build_shards
@@ -112,6 +112,8 @@ def _build(storage: Storage, chain: Chain, tag: str | None, config: RunConfig) -
     made, settings = chain[0], config.index.model_dump(include=_SHAPE)
     dim = versions.require(storage, "models", made["model"])["dim"]
 
+    embeddings.use(storage, chain)  # they may be of a run of long ago that published no index
+
     def content(version: str) -> dict[str, Any]:
         queries = recall_queries(storage, made["model"], config)
         built = build_shards(storage, version, chain, dim, queries, config.index)
@@ -128,7 +130,6 @@ def _publish(
     """Make and publish an index version unless it is there, then serve it."""
     manifest = versions.find(storage, KIND, fingerprint)
     if manifest is not None:
-        versions.use(storage, KIND, manifest["version"])
         manifest = manifest if sound(storage, manifest["version"]) else None
     if manifest is None:
         version = versions.new_version(fingerprint)
@@ -182,7 +183,7 @@ def recall_queries(storage: Storage, model: str, config: RunConfig) -> np.ndarra
         try:
             if row[REASON] is None:
                 pixels.append(embedder.preprocess(decode(read_uri(row[IMAGE]))))
-        except (UnreadableImage, StorageError):
+        except (UnreadableImage, MissingError):
             continue
     if not pixels:
         raise InputError(f"{config.data}/queries: no usable photo; recall is measured on the shop's query photos")

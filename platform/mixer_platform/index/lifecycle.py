@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -16,7 +19,7 @@ import pyarrow.parquet as pq
 from mixer_platform import versions
 from mixer_platform.ahead import ahead
 from mixer_platform.config import RunConfig
-from mixer_platform.errors import StorageError, VersionError
+from mixer_platform.errors import MissingError, StorageError, VersionError
 from mixer_platform.gallery import (
     CURRENT,
     KIND,
@@ -33,6 +36,7 @@ from mixer_platform.item_ids import span
 from mixer_platform.storage import Storage, open_storage
 
 PUBLICATIONS = "publications"  # what was served when, each with what it followed: <milliseconds>-<version>.json
+_DESCRIBED_BACK = 20  # publications
 _SHARDS_AT_ONCE = 4  # that are checked: each may take its size on disk meanwhile
 _log = logging.getLogger(__name__)
 
@@ -52,7 +56,7 @@ def publish(config: RunConfig) -> dict[str, Any]:
     """Serve the version `index.version`, once every file of it is found to be as it was built."""
     storage = open_storage(config.workspace)
     tag = storage.tag(CURRENT)
-    versions.use(storage, KIND, read_manifest(storage, config.index.version).version)
+    use(storage, config.index.version)
     manifest = _verified(storage, config.index.version)
     before = current_version(storage) if tag else None
     swap(storage, manifest.version, tag)
@@ -64,10 +68,10 @@ def rollback(config: RunConfig) -> dict[str, Any]:
     storage = open_storage(config.workspace)
     tag = storage.tag(CURRENT)
     current = current_version(storage)
-    history = _history(storage)
+    history = list(islice(_history(storage), 2))
     if len(history) < 2:
         raise StorageError(f"{storage.uri}/{CURRENT}: nothing was served before {current}; there is no way back")
-    versions.use(storage, KIND, history[1]["version"])
+    use(storage, history[1]["version"])
     manifest = _verified(storage, history[1]["version"])
     _serve(storage, manifest.version, history[1]["follows"], tag)
     return {"version": manifest.version, "replaced": current, "items": manifest.items}
@@ -95,7 +99,7 @@ def describe(config: RunConfig) -> dict[str, Any]:
             for shard in manifest.shards
         ],
         "embeddings": [each["version"] for each in embeddings.chain_of(storage, manifest.embeddings)],
-        "served": [entry["version"] for entry in _history(storage)],
+        "served": [entry["version"] for entry in islice(_history(storage), _DESCRIBED_BACK)],
     }
 
 
@@ -128,7 +132,7 @@ def gc(config: RunConfig) -> dict[str, Any]:
     storage = open_storage(config.workspace)
     oldest = time.time() - 3600 * config.index.grace_hours
     current = [current_version(storage)] if storage.tag(CURRENT) else []  # kept even if nothing was written of it
-    served = list(dict.fromkeys([*current, *(entry["version"] for entry in _history(storage))]))[: config.index.keep]
+    served = list(islice(_each_once([*current], _history(storage)), config.index.keep))
     young = [name for name in storage.folders(KIND) if _modified(storage, KIND, name) >= oldest]
     kept, used, below = set(), set(), set()
     for name in dict.fromkeys([*served, *young]):
@@ -137,9 +141,9 @@ def gc(config: RunConfig) -> dict[str, Any]:
         try:
             manifest = read_manifest(storage, name)
             below |= {each["version"] for each in embeddings.chain_of(storage, manifest.embeddings)}
-        except StorageError:
+        except MissingError:  # a storage that does not answer ends it: what would be needed is not known
             if name in current:
-                raise  # what it needs is not known
+                raise
             continue
         kept.add(name)
         used |= {part.version for shard in manifest.shards for part in shard.segments}
@@ -152,9 +156,22 @@ def gc(config: RunConfig) -> dict[str, Any]:
     return report
 
 
+def use(storage: Storage, version: str) -> None:
+    """Mark all that an index version is made of as in use now, so that it is young to whoever collects garbage.
+
+    Raises StorageError.
+    """
+    manifest = read_manifest(storage, version)
+    segments = {part.version for shard in manifest.shards for part in shard.segments}
+    for name in sorted({manifest.version} | segments):
+        versions.use(storage, KIND, name)
+    embeddings.use(storage, embeddings.chain_of(storage, manifest.embeddings))
+
+
 def sound(storage: Storage, version: str) -> bool:
     """Return whether a published version is still as it was built; log what is wrong."""
     try:
+        use(storage, version)
         _verified(storage, version)
     except (StorageError, VersionError) as error:
         _log.warning("index %s is not what was published: %s", version, error)
@@ -163,10 +180,11 @@ def sound(storage: Storage, version: str) -> bool:
 
 
 def updated_share(manifest: IndexManifest) -> float:
-    """Return which share of an index's vectors are updates or no longer found."""
+    """Return which share of an index's vectors are updates or, if that is more, no longer found: one that changed is
+    both."""
     rows = sum(part.rows for shard in manifest.shards for part in shard.segments)
     added = sum(part.rows for shard in manifest.shards for part in shard.segments[1:])
-    return (added + rows - manifest.items) / rows if rows else 0.0
+    return max(added, rows - manifest.items) / rows if rows else 0.0
 
 
 _DESCRIBED = (
@@ -231,10 +249,22 @@ def _record_of(storage: Storage, version: str) -> dict[str, Any] | None:
     return json.loads(storage.read(max(names))) if names else None
 
 
-def _history(storage: Storage) -> list[dict[str, Any]]:
-    """Return the publications from the current one back. What failed to be served is followed by none."""
-    newest = _record_of(storage, current_version(storage)) if storage.tag(CURRENT) else None
-    found = [newest] if newest else []
-    while found and found[-1]["follows"]:
-        found.append(json.loads(storage.read(f"{PUBLICATIONS}/{found[-1]['follows']}")))
-    return found
+def _history(storage: Storage) -> Iterator[dict[str, Any]]:
+    """Yield the publications from the current one back, a request for each. What failed to be served is followed by
+    none."""
+    record = _record_of(storage, current_version(storage)) if storage.tag(CURRENT) else None
+    while record:
+        yield record
+        try:
+            record = record["follows"] and versions.read_json(storage, f"{PUBLICATIONS}/{record['follows']}")
+        except MissingError:
+            return
+
+
+def _each_once(first: list[str], history: Iterator[dict[str, Any]]) -> Iterator[str]:
+    """Yield the versions `first` and then those of the history, each once."""
+    seen = set()
+    for version in itertools.chain(first, (entry["version"] for entry in history)):
+        if version not in seen:
+            seen.add(version)
+            yield version

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -138,7 +139,7 @@ def bytes_per_vector(index: faiss.Index) -> float:
 
 def reason_of(error: RuntimeError) -> str:
     """Return what FAISS has to say, without where in its source."""
-    return str(error).splitlines()[-1].rpartition("Error: ")[2].strip()
+    return re.sub(r"^Error in .* at \S+:\d+: (Error: )?", "", str(error).splitlines()[-1]).strip()
 
 
 def _write_arrow(path: Path, table: pa.Table) -> None:

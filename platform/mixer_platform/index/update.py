@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import ray
 
 from mixer_platform import versions
+from mixer_platform.errors import ConflictError
 from mixer_platform.gallery import KIND, IndexManifest, ShardEntry
 from mixer_platform.index import embeddings
 from mixer_platform.index.embeddings import (
@@ -74,7 +75,10 @@ def consolidate(storage: Storage, chain: Chain) -> dict[str, Any]:
         "parts": sorted(summaries),
         **{name: sum(part[name] for part in summaries.values()) for name in COUNTS},
     }
-    return versions.publish(storage, embeddings.KIND, version, content)
+    try:
+        return versions.publish(storage, embeddings.KIND, version, content)
+    except ConflictError:  # another run of the same was faster
+        return versions.require(storage, embeddings.KIND, version)
 
 
 @ray.remote(num_cpus=1)
