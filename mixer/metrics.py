@@ -37,8 +37,14 @@ def macro(values: np.ndarray, relevant: Sequence[set[str]]) -> float:
     return float(np.mean([np.mean(group) for group in classes.values()])) if classes else 0.0
 
 
-def recall_of_neighbours(found: np.ndarray, exact: np.ndarray) -> float:
-    """Return the share of the exact neighbours, ids [queries, k], that an approximate search found."""
-    if exact.size == 0:
-        return 1.0
-    return float(np.mean([len(np.intersect1d(a, b)) / len(b) for a, b in zip(found, exact, strict=True)]))
+def recall_of_neighbours(found: np.ndarray, exact: np.ndarray, k: int | None = None) -> float:
+    """Return the share of the exact neighbours that an approximate search found, as ids [queries, ...]; below 0: none.
+
+    Of more than `k` exact ones, some of which are as near as others, any k will do.
+    """
+    shares = []
+    for mine, right in zip(found, exact, strict=True):
+        right = right[right >= 0]
+        wanted = len(right) if k is None else min(k, len(right))
+        shares.append(min(len(np.intersect1d(mine, right)), wanted) / wanted if wanted else 1.0)
+    return float(np.mean(shares)) if shares else 1.0

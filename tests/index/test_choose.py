@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from mixer.fast_faiss import faiss
+from mixer.metrics import recall_of_neighbours
 from mixer_platform.index.choose import (
     EXACT_UP_TO,
+    NEAREST,
     Measured,
     candidates,
     exact_top_k,
@@ -15,6 +17,7 @@ from mixer_platform.index.choose import (
     number_of_lists,
     pick,
     pilot,
+    right_of,
     sweep,
     training_size,
 )
@@ -92,6 +95,33 @@ def test_recall_over_shards_is_recall_of_their_union(factory: str) -> None:
         assert each.recall == pytest.approx(np.mean(recalls[::2]))
         assert each.recall_held_out == pytest.approx(np.mean(recalls[1::2]))
     assert pick(measured, 0.9)
+
+
+def test_copies_of_a_listing_are_all_right() -> None:
+    vectors, queries = np.repeat(clustered(300, 5), 20, axis=0), clustered(60, 6)
+    trials, exact = [], []
+    for part in (np.arange(6000)[::2], np.arange(6000)[1::2], np.arange(0)):
+        index = faiss.deserialize_index(trained_template("Flat", DIM, vectors))
+        index.add_with_ids(vectors[part], part)
+        exact.append(exact_top_k(queries, vectors[part[::-1]], part[::-1], NEAREST))
+        trials.append(sweep(index, queries, right_of(exact[-1]), 0.95))
+    (measured,) = measure(trials, exact)
+    assert measured.recall == measured.recall_held_out == 1
+    by_ids = recall_of_neighbours(trials[0][0].found[1], exact[0][1][:, :10])
+    assert by_ids < 0.99, "nothing tied"
+
+
+def test_a_shard_without_items_stands_in_nobodys_way() -> None:
+    vectors, queries = clustered(6000, 1), clustered(60, 2)
+    template = trained_template("IVF64,Flat", DIM, vectors)
+    trials, exact = [], []
+    for part in (np.arange(6000), np.arange(0)):
+        index = faiss.deserialize_index(template)
+        index.add_with_ids(vectors[part], part)
+        exact.append(exact_top_k(queries, vectors[part], part, NEAREST))
+        trials.append(sweep(index, queries, right_of(exact[-1]), 0.9))
+    assert len(trials[0]) > len(trials[1])
+    assert [each.settings for each in measure(trials, exact)] == [each.settings for each in trials[0]]
 
 
 def test_a_pilot_tells_what_falls_short_and_what_takes_longer() -> None:

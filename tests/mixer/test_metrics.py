@@ -71,6 +71,12 @@ def test_macro_gives_every_class_one_vote() -> None:
     assert macro(np.array([1.0, 0.5, 0.0]), [{"a"}, {"a"}, {"b"}]) == pytest.approx((0.75 + 0) / 2)
 
 
+def test_any_of_those_that_are_as_near_will_do() -> None:
+    exact = np.array([[4, 5, 6, 7, -1], [1, -1, -1, -1, -1]])
+    assert recall_of_neighbours(np.array([[7, 6], [1, -1]]), exact, 2) == 1.0
+    assert recall_of_neighbours(np.array([[7, 9], [-1, 2]]), exact, 2) == pytest.approx(0.25)
+
+
 def test_recall_of_neighbours_counts_each_exact_one() -> None:
     exact = np.array([[1, 2, 3], [4, 5, 6]])
     assert recall_of_neighbours(exact[:, ::-1], exact) == 1.0

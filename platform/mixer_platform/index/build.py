@@ -20,8 +20,8 @@ from mixer_platform.config import IndexConfig
 from mixer_platform.errors import ConfigError, WishError
 from mixer_platform.gallery import KIND, SegmentEntry, ShardEntry, merge_top_k
 from mixer_platform.index.choose import (
+    NEAREST,
     PILOT,
-    K,
     Measured,
     Neighbours,
     Trial,
@@ -30,6 +30,7 @@ from mixer_platform.index.choose import (
     measure,
     pick,
     pilot,
+    right_of,
     sweep,
     training_size,
 )
@@ -149,7 +150,7 @@ def _kinds(
     if len(kinds) == 1:
         return kinds, f"exact search of {each} items a shard is fast enough" if kinds == ["Flat"] else "no other fits"
     sample = sample_of(storage, chain, dim, PILOT)
-    exact = exact_top_k(queries, sample, np.arange(len(sample)), K)
+    exact = exact_top_k(queries, sample, np.arange(len(sample)), NEAREST)
     shared = [ray.put(part) for part in (sample, queries, exact)]
     tried = ray.get([_pilot.remote(kind, *shared, each, config.recall_at_10) for kind in kinds])
     for kind, (short, seconds) in zip(kinds, tried, strict=True):
@@ -229,17 +230,17 @@ def _build_shard(
     use_threads(1)
     storage, name = open_storage(uri), f"shard-{number:05d}"
     exact: list[Neighbours] = [
-        exact_top_k(queries, np.zeros((0, queries.shape[1]), np.float32), np.zeros(0, np.int64), K)
+        exact_top_k(queries, np.zeros((0, queries.shape[1]), np.float32), np.zeros(0, np.int64), NEAREST)
     ]
 
     def parts():  # type: ignore[no-untyped-def]
         for rows in stream(storage, chain, span(number, shards)):
-            exact.append(exact_top_k(queries, vectors(rows["embedding"]), rows["id"].to_numpy(), K, gpu))
+            exact.append(exact_top_k(queries, vectors(rows["embedding"]), rows["id"].to_numpy(), NEAREST, gpu))
             yield rows
 
     with tempfile.TemporaryDirectory() as scratch, gpu_errors():
         gpu = GPU.of_task()
         entry, index = write_segment(Path(scratch), version, name, template, parts(), gpu=gpu)
         versions.upload(storage, Path(scratch), f"{KIND}/{version}")
-    best = merge_top_k(exact, K)
-    return _Built(entry, sweep(index, queries, best[1], recall), best)
+    best = merge_top_k(exact, NEAREST)
+    return _Built(entry, sweep(index, queries, right_of(best), recall), best)

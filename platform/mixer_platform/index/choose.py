@@ -19,6 +19,8 @@ from mixer_platform.index.segments import bytes_per_vector, new_index, reason_of
 from mixer_platform.segment import search_parameters
 
 K = 10  # recall is measured at
+NEAREST = 100  # that are known exactly: those that are as near as the K-th count as it
+_AS_NEAR = 1e-6  # of a cosine
 EXACT_UP_TO = 20_000  # items of a shard: exact search takes less than a millisecond
 PILOT = 50_000  # vectors on which kinds are compared
 _PER_LIST = 64  # training vectors a list
@@ -94,22 +96,22 @@ def pilot(
     wanted = training_size(small, sample.shape[1])
     index = faiss.deserialize_index(trained_template(small, sample.shape[1], sample[:wanted]))
     index.add_with_ids(sample, np.arange(len(sample)))
-    measured = measure([sweep(index, queries, exact[1], recall)], [exact])
+    measured = measure([sweep(index, queries, right_of(exact), recall)], [exact])
     best = pick(measured, recall)
     work = math.sqrt(growth) if "IVF" in kind else 1 + math.log10(growth) if "HNSW" in kind else growth
     return (0.0, best.seconds * work) if best else (recall - max(each.recall for each in measured), 0.0)
 
 
 def sweep(index: faiss.IndexIDMap, queries: np.ndarray, exact: np.ndarray, wished: float) -> list[Trial]:
-    """Search one shard with ever more work, until its own recall against `exact` ids [queries, k] is well above the
-    wished one or rises no more."""
+    """Search one shard with ever more work, until its own recall against `exact` ids, `right_of` them, is well above
+    the wished one or rises no more."""
     enough = wished + (1 - wished) / 2
     trials = []
     for ladder in _ladders(faiss.downcast_index(index.index)):
         before = -1.0
         for settings in ladder:
             trials.append(_try(index, queries, settings))
-            recall = recall_of_neighbours(trials[-1].found[1], exact)
+            recall = recall_of_neighbours(trials[-1].found[1], exact, K)
             if recall >= enough or recall < before + 1e-3:
                 break
             before = recall
@@ -118,14 +120,16 @@ def sweep(index: faiss.IndexIDMap, queries: np.ndarray, exact: np.ndarray, wishe
 
 def measure(shards: Sequence[Sequence[Trial]], exact: Sequence[Neighbours]) -> list[Measured]:
     """Merge what every shard tried, setting by setting: settings that one of them did not come to are left out."""
-    truth = merge_top_k(exact, K)[1]
-    found = [{tuple(trial.settings.items()): trial for trial in trials} for trials in shards]
+    truth = right_of(merge_top_k(exact, NEAREST))
+    holding = [trials for trials, (scores, _) in zip(shards, exact, strict=True) if scores.shape[1]]
+    # A shard without items is done with the cheapest settings.
+    found = [{tuple(trial.settings.items()): trial for trial in trials} for trials in holding or shards]
     measured = []
     for settings in found[0]:
         trials = [shard[settings] for shard in found if settings in shard]
         if len(trials) == len(found):
             ids = merge_top_k([trial.found for trial in trials], K)[1]
-            chosen_by, held_out = (recall_of_neighbours(ids[start::2], truth[start::2]) for start in (0, 1))
+            chosen_by, held_out = (recall_of_neighbours(ids[start::2], truth[start::2], K) for start in (0, 1))
             seconds, latency = sum(trial.seconds for trial in trials), max(trial.latency for trial in trials)
             measured.append(Measured(dict(settings), chosen_by, held_out, seconds, latency))
     return measured
@@ -150,6 +154,13 @@ def exact_top_k(
     knn = gpu.knn if gpu else partial(faiss.knn, metric=faiss.METRIC_INNER_PRODUCT)
     scores, rows = knn(queries, vectors, k)
     return scores, ids[rows]
+
+
+def right_of(exact: Neighbours) -> np.ndarray:
+    """Return the ids, [queries, n], of the K nearest and of what is as near as the last of them: listings that show the
+    same picture and say the same are all alike, and a search finds any of them. MISSING in the place of the others."""
+    scores, ids = exact
+    return np.where(scores >= scores[:, :K][:, -1:] - _AS_NEAR, ids, MISSING)
 
 
 def _ladders(index: faiss.Index) -> Iterator[list[Settings]]:
