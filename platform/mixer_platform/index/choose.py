@@ -158,9 +158,12 @@ def exact_top_k(
 
 def right_of(exact: Neighbours) -> np.ndarray:
     """Return the ids, [queries, n], of the K nearest and of what is as near as the last of them: listings that show the
-    same picture and say the same are all alike, and a search finds any of them. MISSING in the place of the others."""
+    same picture and say the same are all alike, and a search finds any of them. MISSING in the place of the others, and
+    of all where more are alike than are known: then nothing can be told."""
     scores, ids = exact
-    return np.where(scores >= scores[:, :K][:, -1:] - _AS_NEAR, ids, MISSING)
+    right = scores >= scores[:, :K][:, -1:] - _AS_NEAR
+    told = right.sum(axis=1, keepdims=True) < NEAREST
+    return np.where(right & told, ids, MISSING)
 
 
 def _ladders(index: faiss.Index) -> Iterator[list[Settings]]:
