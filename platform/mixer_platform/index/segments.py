@@ -18,7 +18,7 @@ from mixer_platform.s3 import local_errors
 from mixer_platform.segment import SegmentEntry, search_parameters, sha256
 
 _SHOWN_BESIDE = "id"
-_ROUNDS = 8  # of k-means; the last two of FAISS' ten change no recall that a thousand queries show
+_ROUNDS = 8  # of k-means; the last two of FAISS' ten took a fifth of the training for 0.003 of recall at most
 
 
 def trained_template(factory: str, dim: int, sample: np.ndarray, gpu: GPU | None = None) -> np.ndarray:
