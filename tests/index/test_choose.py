@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mixer.fast_faiss import faiss
+from mixer.metrics import recall_of_neighbours
 from mixer_platform.index.choose import (
     EXACT_UP_TO,
     NEAREST,
@@ -94,6 +95,22 @@ def test_recall_over_shards_is_recall_of_their_union(factory: str) -> None:
         assert each.recall == pytest.approx(np.mean(recalls[::2]))
         assert each.recall_held_out == pytest.approx(np.mean(recalls[1::2]))
     assert pick(measured, 0.9)
+
+
+def test_between_the_steps_around_the_wish_there_is_one_more() -> None:
+    vectors, queries = clustered(6000, 1), clustered(60, 2)
+    index = faiss.deserialize_index(trained_template("IVF64,Flat", DIM, vectors))
+    index.add_with_ids(vectors, np.arange(6000))
+    exact = right_of(exact_top_k(queries, vectors, np.arange(6000), NEAREST))
+    doubling = [{"nprobe": 2**power} for power in range(6)]
+    every = {trial.settings["nprobe"]: trial for trial in sweep(index, queries, exact, 1.1)}
+    reached = {nprobe: recall_of_neighbours(trial.found[1], exact, 10) for nprobe, trial in every.items()}
+    wished = (reached[4] + reached[8]) / 2
+    assert reached[4] < wished < reached[8], "a wish between two steps"
+    *steps, between = [trial.settings for trial in sweep(index, queries, exact, wished)]
+    assert steps == doubling[: len(steps)]
+    assert between == {"nprobe": 6}
+    assert sweep(index, queries, exact, 0.0)[-1].settings == {"nprobe": 1}, "nothing is below the first step"
 
 
 @pytest.mark.parametrize("copies", [40, 600])

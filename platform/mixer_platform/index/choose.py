@@ -104,17 +104,23 @@ def pilot(
 
 def sweep(index: faiss.IndexIDMap, queries: np.ndarray, exact: np.ndarray, wished: float) -> list[Trial]:
     """Search one shard with ever more work, until its own recall against `exact` ids, `right_of` them, is well above
-    the wished one or rises no more."""
+    the wished one or rises no more; and once between the two steps of which only the second reaches the wished one."""
     enough = wished + (1 - wished) / 2
     trials = []
     for ladder in _ladders(faiss.downcast_index(index.index)):
-        before = -1.0
-        for settings in ladder:
+        before, reached = -1.0, 0
+        for step, settings in enumerate(ladder):
             trials.append(_try(index, queries, settings))
             recall = recall_of_neighbours(trials[-1].found[1], exact, K)
+            if before < wished <= recall:
+                reached = step
             if recall >= enough or recall < before + 1e-3:
                 break
             before = recall
+        below, above = ladder[max(reached - 1, 0)], ladder[reached]
+        between = {name: (below[name] + above[name]) // 2 for name in above}
+        if between != below:
+            trials.append(_try(index, queries, between))
     return trials
 
 
