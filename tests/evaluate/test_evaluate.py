@@ -17,7 +17,7 @@ from mixer_platform.evaluate.calibrate import calibrate, keep_calibration
 from mixer_platform.evaluate.compare import compare
 from mixer_platform.evaluate.concepts import Fired, draw_concepts
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
-from mixer_platform.evaluate.job import found_items, measure, photo_table, publish_report
+from mixer_platform.evaluate.job import found_items, measure, photo_table, publish_report, shared_gallery
 from mixer_platform.gallery import calibration_key, read_calibration
 from mixer_platform.index import lifecycle
 from mixer_platform.storage import LocalStorage
@@ -31,6 +31,14 @@ def test_measure_by_hand() -> None:
     assert figures["r2"] == pytest.approx(2 / 3, abs=1e-4)
     assert figures["macro_r1"] == pytest.approx((0.5 + 0) / 2, abs=1e-4)
     assert figures["ndcg_10"] == pytest.approx((1 + 0.6309 + 0) / 3, abs=1e-4)
+
+
+def test_the_baseline_answers_over_the_gallery_of_the_index_or_not_at_all() -> None:
+    items = pa.table({"id": ["a", "b", "c"]})
+    kept = shared_gallery(items, {"a", "c"})
+    assert kept is not None
+    assert kept["id"].to_pylist() == ["a", "c"], "b was deleted by an update"
+    assert shared_gallery(items, {"a", "new"}) is None
 
 
 def test_of_two_equal_reports_at_once_the_first_stands(tmp_path: Path) -> None:

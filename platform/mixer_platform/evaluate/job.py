@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import sys
@@ -36,6 +37,7 @@ from mixer_platform.storage import Storage, open_storage, read_uri, resolve_uri
 
 KIND = "reports"
 _NDCG_K = 10
+_log = logging.getLogger(__name__)
 _FORM = "calibrated"  # of reports: one that an older version wrote says less, and is written anew
 
 
@@ -43,8 +45,8 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     """Ask the published index every truth photo; write `reports/<version>.json` and pictures; return the report.
 
     What its model's scores are worth becomes `calibration/<model>.json`. The untrained encoder answers the same photos
-    over the same gallery: features pooled, centred, cosine. Raises InputError for a truth that cannot be used,
-    StorageError when no index or not its model is there.
+    over the same gallery, where the catalogue has all of it: features pooled, centred, cosine. Raises InputError for a
+    truth that cannot be used, StorageError when no index or not its model is there.
     """
     started = time.monotonic()
     storage = open_storage(config.workspace)
@@ -72,6 +74,7 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     results = search_shards(shards, _vectors(asked["query"]), depth)
     ranked = [[item["item_id"] for _, item in found] for found in results]
     asked = asked.append_column("hits", pa.array(relevance(ranked, relevant).tolist(), pa.list_(pa.bool_())))
+    gallery_ids = {item for shard in shards for item in shard.item_ids()}
     report = {
         **measure(ranked, relevant, config.evaluate.ks),
         "calibration": calibrate(results, relevant),
@@ -81,12 +84,13 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
         "index": index.version,
         "model": index.model,
         "samples": model["samples"],
-        "gallery": gallery_of(shards),
+        "gallery": versions.fingerprint(sorted(gallery_ids)),  # whatever model embedded it
         "truth": versions.fingerprint(asked.select(["id", "relevant_item_ids"]).to_pylist()),
     }
     if config.evaluate.against:
         report["against"] = compare(storage, KIND, report, asked, config.evaluate.against)
-    if encoder and items["untrained"].null_count < len(items):
+    items = shared_gallery(items, gallery_ids) if encoder else None
+    if items and items["untrained"].null_count < len(items):
         ranked = _untrained_ranking(asked, items, depth)
         report["untrained"] = measure(ranked, relevant, config.evaluate.ks)
     report |= {
@@ -144,9 +148,12 @@ def search_shards(shards: list[Shard], queries: np.ndarray, k: int) -> list[list
     ]
 
 
-def gallery_of(shards: list[Shard]) -> str:
-    """Return what names the items of an index, whatever model embedded them."""
-    return versions.fingerprint(sorted(item for shard in shards for item in shard.item_ids()))
+def shared_gallery(items: pa.Table, gallery_ids: set[str]) -> pa.Table | None:
+    """Return the rows of a catalogue, by `id`, that an index has; None where an update brought it others."""
+    if missing := gallery_ids.difference(items["id"].to_pylist()):
+        _log.warning("%d items of the index are not in the catalogue: no untrained baseline", len(missing))
+        return None
+    return items.filter(pc.is_in(items["id"], pa.array(gallery_ids, pa.string())))
 
 
 def measure(ranked: list[list[str]], relevant: list[set[str]], ks: tuple[int, ...]) -> dict[str, float]:
