@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,7 @@ from mixer_platform.gallery import MISSING, merge_top_k
 from mixer_platform.serve import api
 from mixer_platform.serve.engine import Engine, read_items
 from mixer_platform.serve.errors import unavailable
+from mixer_platform.serve.keys import KeyRing, make_key
 from mixer_platform.serve.parts import ATTEMPTS, Deployed, Found, SentRows
 from mixer_platform.serve.service import SearchService
 from mixer_platform.serve.swap import Swapper
@@ -139,14 +142,14 @@ def hangs(*_: Any) -> Any:
     return asyncio.sleep(60)
 
 
-def client_of(encoder: FakeHandle, *shards: FakeHandle, **serve: Any) -> TestClient:
+def client_of(encoder: FakeHandle, *shards: FakeHandle, ring: KeyRing | None = None, **serve: Any) -> TestClient:
     config = RunConfig.model_validate({"data": "", "workspace": "", "serve": {"follow_s": 0, "keys": False, **serve}})
     index: Any = SimpleNamespace(version="index-a", model="model-a", dim=DIM, items=9, shards=shards)
     handles: Any = {f"shard-{number}": handle for number, handle in enumerate(shards)}
     engine = Engine(index, Deployed(encoder, handles), degrade=config.serve.lost_shard == "degrade")  # type: ignore[arg-type]
     engine.schema = ONE_COLUMN
     service = SearchService(Swapper(engine, lambda: "index-a", None, lambda model: None), config.serve)  # type: ignore[arg-type]
-    return TestClient(api.create_api(service, config), raise_server_exceptions=False)
+    return TestClient(api.create_api(service, config, ring), raise_server_exceptions=False)
 
 
 def search(client: TestClient, **headers: str) -> Any:
@@ -234,3 +237,26 @@ def test_readiness_names_what_is_missing_and_health_does_not_care(monkeypatch: p
     assert reply.json()["error"]["message"] == "not ready: shard-1, shard-2"
     assert client.get("/healthz").status_code == 200
     assert client_of(FakeHandle(encode), FakeHandle(shard(1))).get("/readyz").status_code == 200
+
+
+def test_a_key_is_revoked_even_where_the_version_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "KEYS_S", 0.01)
+    (leaked, first), (lasting, second) = make_key("a"), make_key("b")
+    path = tmp_path / "keys.json"
+
+    def write(*ring: Any) -> None:
+        staged = tmp_path / "staged"
+        staged.write_text(json.dumps([entry.model_dump(exclude_none=True) for entry in ring]))
+        staged.rename(path)
+
+    def status(client: TestClient, key: str) -> int:
+        return client.get("/v1/attributes", headers={"Authorization": f"Bearer {key}"}).status_code
+
+    write(first, second)
+    with client_of(FakeHandle(), ring=(first, second), keys=True, keys_file=str(path), follow_s=0) as client:
+        assert status(client, leaked) != 401
+        write(second)
+        until = time.monotonic() + 20
+        while status(client, leaked) != 401:
+            assert time.monotonic() < until, "the file is not followed"
+        assert status(client, lasting) != 401

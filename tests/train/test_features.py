@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,10 @@ def cached(workspace: Path, model: MixerModel) -> FeatureSamples:
     for name in ("0", "1"):
         rows = worker(pq.read_table(workspace / f"samples/v1/train/{name}.parquet"))
         pq.write_table(rows, workspace / f"features/f/rows/{name}.parquet")
+    return read_cached(workspace, model)
+
+
+def read_cached(workspace: Path, model: MixerModel) -> FeatureSamples:
     return FeatureSamples(open_storage(str(workspace)), "f", (16, 16), VIEWS, model.config.max_tokens)
 
 
@@ -159,6 +164,21 @@ def test_a_picture_that_broke_after_prepare_is_named(
         )
     with pytest.raises(InputError, match=said):
         picture_samples(workspace, model).batch(np.array([0]), plan())
+
+
+def test_features_lie_in_files_that_go_with_them(
+    cached: FeatureSamples, workspace: Path, model: MixerModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    again = read_cached(workspace, model)
+    for name in ("photos", "pictures", "tokens"):
+        assert torch.equal(getattr(again, name), getattr(cached, name))
+    assert Path("/proc/self/maps").read_text().count(f"{scratch}/mixer-features-") == 3
+    assert not list(scratch.iterdir())
+    del again
+    assert str(scratch) not in Path("/proc/self/maps").read_text()
 
 
 def test_pooled_leaves_missing_pictures_out(cached: FeatureSamples, model: MixerModel) -> None:

@@ -61,6 +61,7 @@ _PICTURE: Responses = {200: {"content": {MEDIA_TYPE: {"schema": {"type": "string
 # FastAPI's own spans would stand beside Serve's and not below them, with what callers filter by in plain sight.
 _NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}
 PAINTERS = 2
+KEYS_S = 10.0  # from look to look at serve.keys_file where serve.follow_s is 0
 TIMEOUT_HEADER = "x-request-timeout-ms"
 PROBE_S = 2.0
 
@@ -83,8 +84,8 @@ def create_api(
         tasks = [asyncio.create_task(metrics.follow(service))]
         if config.follow_s:
             tasks.append(asyncio.create_task(service.swapper.follow(config.follow_s)))
-        if keys and config.keys_file and config.follow_s:
-            tasks.append(asyncio.create_task(keys.follow(config.keys_file, config.follow_s)))
+        if keys and config.keys_file:  # a key is revoked even where the version stays
+            tasks.append(asyncio.create_task(keys.follow(config.keys_file, config.follow_s or KEYS_S)))
         if canary and config.canary_s:
             tasks.append(asyncio.create_task(canary.follow(service, config.canary_s, metrics.canary)))
         yield

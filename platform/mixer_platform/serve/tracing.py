@@ -37,7 +37,7 @@ def check_traces(config: ServeConfig) -> None:
         found = None
     if found is None:
         raise ConfigError(
-            f"serve.traces: {EXPORTER} is missing; pip install 'mixer-search[traces]', or set serve.traces=null"
+            f"serve.traces: {EXPORTER} is missing; install the project's traces extra, or set serve.traces=null"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from mixer_platform.train.start import starting_model
 
 KIND = "features"
 _BLOCK_ROWS, _BATCH_ROWS = 64, 32
+_POOLED_ROWS = 1024
 _AT_ONCE = 32  # pictures that a graph encodes, all views counted
 _log = logging.getLogger(__name__)
 
@@ -146,8 +148,19 @@ class FeatureWorker:
         ]
 
 
+def _mapped(*shape: int) -> Tensor:
+    """Return zeros, float16, in a file that goes with them."""
+    if not math.prod(shape):
+        return torch.zeros(shape, dtype=torch.float16)
+    with tempfile.NamedTemporaryFile(prefix="mixer-features-") as file:
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=torch.float16).view(shape)
+
+
 class FeatureSamples:
-    """The cached samples of a run in memory, photos first; gives batches to a `FrozenTower`."""
+    """The cached samples of a run, photos first; gives batches to a `FrozenTower`.
+
+    Features lie in files without a name, below TMPDIR, of which the system holds in memory what it has room for.
+    """
 
     def __init__(self, storage: Storage, version: str, widths: tuple[int, int], views: int, max_tokens: int) -> None:
         image_width, text_width = widths
@@ -159,10 +172,10 @@ class FeatureSamples:
         places = {key: row for row, key in enumerate(zip(keys["kind"].to_pylist(), self.ids, strict=True))}
         count = sum(kind == "query" for kind, _ in places)
         items = len(places) - count
-        self.photos = torch.zeros(count, views, image_width, dtype=torch.float16)
+        self.photos = _mapped(count, views, image_width)
         pictures: Tensor | None = None
         self.has_image = torch.zeros(items, dtype=torch.bool)
-        self.tokens = torch.zeros(items, max_tokens, text_width, dtype=torch.float16)
+        self.tokens = _mapped(items, max_tokens, text_width)
         self.token_mask = torch.zeros(items, max_tokens, dtype=torch.int64)
         # Patches are by far the largest: they go to their places batch by batch, so that they are held once.
         for batch in stored.to_batches(batch_size=64, batch_readahead=1, fragment_readahead=1):
@@ -175,7 +188,7 @@ class FeatureSamples:
                 if seen.is_valid:
                     picture = _tensor(seen, (views, -1, image_width))
                     if pictures is None:  # the first one tells how many patches there are
-                        pictures = torch.zeros(items, *picture.shape, dtype=torch.float16)
+                        pictures = _mapped(items, *picture.shape)
                     pictures[row - count] = picture
                     self.has_image[row - count] = True
                 if told.is_valid:
@@ -194,8 +207,8 @@ class FeatureSamples:
 
     def pooled(self, towers: Towers) -> Tensor:
         """Return the first view of every sample with a picture, as `towers` pool it, [n, width]."""
-        items = self.pictures[self.has_image][:, 0].float()
-        return torch.cat([self.photos[:, 0].float(), towers.pool(items)])
+        items = [towers.pool(some[:, 0].float()) for some in self.pictures.split(_POOLED_ROWS)]
+        return torch.cat([self.photos[:, 0].float(), torch.cat(items)[self.has_image]])
 
     def batch(self, rows: np.ndarray, plan: EpochPlan) -> Batch:
         """Return the batch of these samples as the epoch's plan shows them."""
