@@ -18,8 +18,9 @@ from mixer.images import decode
 from mixer.sampling import EpochPlan
 from mixer.towers import MixerModel
 from mixer_platform.config import TrainConfig
-from mixer_platform.errors import ConfigError, InputError, MissingError, StorageError
+from mixer_platform.errors import ConfigError, InputError, MissingError, StorageError, TrainingError
 from mixer_platform.storage import open_storage
+from mixer_platform.train import features
 from mixer_platform.train.features import FeatureSamples, FeatureWorker
 from mixer_platform.train.feeding import Schedule, batches_of
 from mixer_platform.train.pictures import PictureSamples, read_picture
@@ -179,6 +180,13 @@ def test_features_lie_in_files_that_go_with_them(
     assert not list(scratch.iterdir())
     del again
     assert str(scratch) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_disk_without_room_for_features_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(TrainingError, match=rf"^{tmp_path}: .*GB of features do not fit; set TMPDIR"):
+        features._mapped(2**50)
+    assert not list(tmp_path.iterdir())
 
 
 def test_pooled_leaves_missing_pictures_out(cached: FeatureSamples, model: MixerModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ from mixer.training import Batch
 from mixer_platform import versions
 from mixer_platform.ahead import ahead
 from mixer_platform.config import TrainConfig
-from mixer_platform.errors import ConfigError
+from mixer_platform.errors import ConfigError, TrainingError
 from mixer_platform.storage import Storage, open_storage
 from mixer_platform.train.labels import LABELS, in_training_order, read_labels
 from mixer_platform.train.pictures import LEAST_THREADS, read_picture
@@ -149,11 +150,20 @@ class FeatureWorker:
 
 
 def _mapped(*shape: int) -> Tensor:
-    """Return zeros, float16, in a file that goes with them."""
-    if not math.prod(shape):
+    """Return zeros, float16, in a file that goes with them. Raises TrainingError where there is no room for it."""
+    count = math.prod(shape)
+    if not count:
         return torch.zeros(shape, dtype=torch.float16)
     with tempfile.NamedTemporaryFile(prefix="mixer-features-") as file:
-        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=torch.float16).view(shape)
+        try:
+            os.posix_fallocate(file.fileno(), 0, 2 * count)  # later a full disk would kill the process without a word
+        except OSError as error:
+            folder = os.path.dirname(file.name)
+            raise TrainingError(
+                f"{folder}: {error.strerror}, {2 * count / 1e9:.1f} GB of features do not fit; set TMPDIR to a folder "
+                "with room, or lower train.views"
+            ) from error
+        return torch.from_file(file.name, shared=True, size=count, dtype=torch.float16).view(shape)
 
 
 class FeatureSamples:
