@@ -1,4 +1,4 @@
-"""Serve on a cluster whose nodes come and go, under load and without; says what was seen as one JSON object.
+"""Serve on a cluster whose nodes come and go, under load and without, and end amid a swap; prints what was seen.
 
     python tests/serve/autoscaling.py WORKSPACE
 
@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from mixer_platform.serve.ingress import prepare
@@ -27,6 +28,7 @@ from mixer_platform.config import RunConfig
 from mixer_platform.serve import job
 from mixer_platform.serve.loading import backend_name
 from mixer_platform.serve.swap import test_photo
+from tests.serve.conftest import publish_version, serve_version
 
 CLIENTS, PATIENCE_S = 8, 150
 ONE_TO_TWO = {"min_replicas": 1, "max_replicas": 2, "cpus": 1, "target_ongoing_requests": 0.3}
@@ -49,6 +51,17 @@ def until(index: str, done: Callable[[dict[str, int]], bool]) -> dict[str, int]:
     return now
 
 
+def stop_amid_a_swap(workspace: Path) -> None:
+    """Stop while two versions are up, when what keeps their deployments looks after them at every turn."""
+    publish_version(workspace, "model-b", "index-b", shards=1)
+    serve_version(workspace, "index-b")
+    deadline, name = time.monotonic() + PATIENCE_S, backend_name("index-b")
+    while not (name in (found := ray_serve.status().applications) and found[name].status == "RUNNING"):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    job.stop()
+
+
 def main(workspace: str) -> None:
     ray.init(logging_level="WARNING", log_to_driver=False)
     # One proxy: the nodes share a machine, and so its ports.
@@ -58,7 +71,7 @@ def main(workspace: str) -> None:
     )
     parts: dict[str, Any] = {name: {**ONE_TO_TWO, **QUICK} for name in ("encoder", "shard")}
     few = {"min_replicas": 1, "max_replicas": 1, "cpus": 0.1}
-    serve = {"port": 0, "keys": False, "layout": "deployments", "ingress": few, **parts}
+    serve = {"port": 0, "keys": False, "follow_s": 0.2, "layout": "deployments", "ingress": few, **parts}
     config = RunConfig.model_validate({"data": workspace, "workspace": workspace, "serve": serve})
     report = job.serve(config)
     index, stopped, statuses = report["index"], threading.Event(), []
@@ -78,6 +91,7 @@ def main(workspace: str) -> None:
     for client in clients:
         client.join()
     idle = until(index, lambda now: now == first)
+    stop_amid_a_swap(Path(workspace))
     print(
         json.dumps(
             {
@@ -86,10 +100,10 @@ def main(workspace: str) -> None:
                 "idle": idle,
                 "requests": len(statuses),
                 "failed": sum(status != 200 for status in statuses),
+                "left": list(ray_serve.status().applications),
             }
         )
     )
-    job.stop()
 
 
 if __name__ == "__main__":

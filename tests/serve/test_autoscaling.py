@@ -96,3 +96,4 @@ def test_replicas_and_nodes_come_with_load_and_go_without(cluster: dict[str, str
     assert seen["idle"] == seen["first"]
     assert seen["failed"] == 0
     assert seen["requests"] > 100
+    assert seen["left"] == []

@@ -88,7 +88,7 @@ class Backends:
     def __init__(self, config: RunConfig, version: str) -> None:
         """`version`: the one to serve where none is followed."""
         join_serve_log()
-        self._config = config
+        self._config, self._place = config, serve.get_replica_context()
         self._wished = wished(config) if config.serve.follow_s else lambda: version
         self._held: dict[str, float] = {}  # when a version was last wished or asked
         self._encoders: dict[str, int] = {}
@@ -117,6 +117,9 @@ class Backends:
         if version == self._settled and now - self._looked < STATUS_S:
             return
         running = serve.status().applications
+        here = running.get(self._place.app_name)
+        if here is None or self._place.deployment not in here.deployments:
+            return  # what is being taken down brings nothing up
         self._looked, self._settled = now, ""
         self._encoders = {each.removeprefix(backend_name("")): encoders(one) for each, one in running.items()}
         if name in running and running[name].status == "DEPLOY_FAILED":
