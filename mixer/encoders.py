@@ -105,7 +105,7 @@ class TransformersImageEncoder(ImageEncoder):
 
         try:
             processor = AutoImageProcessor.from_pretrained(name)
-            model = AutoModel.from_pretrained(name)
+            model = AutoModel.from_pretrained(name, dtype=torch.float32)  # whatever it was saved in
         except (OSError, ValueError) as error:
             raise EncoderError(f"image encoder {name}: {_first_sentence(error)}") from error
         super().__init__(_preprocess_of(processor), processor.image_mean, processor.image_std)
@@ -132,7 +132,7 @@ class TextEncoder(nn.Module):
 
         path = _text_path(name)
         try:
-            self.net = AutoModel.from_pretrained(path)
+            self.net = AutoModel.from_pretrained(path, dtype=torch.float32)
             self.tokenizer = Tokenizer.from_transformers(path, max_tokens)
         except (OSError, ValueError) as error:
             raise EncoderError(f"text encoder {name}: {_first_sentence(error)}") from error

@@ -157,6 +157,14 @@ class TrainConfig(Section):
             raise ValueError(f"least_workers {self.least_workers} is above workers {self.workers}; lower it")
         return self
 
+    @model_validator(mode="after")
+    def _workers_have_a_gpu_each(self) -> TrainConfig:
+        if self.workers > 1 and self.gpus_per_worker not in (0, 1):
+            raise ValueError(
+                f"gpus_per_worker {self.gpus_per_worker:g}: of several workers each takes one, or none (0)"
+            )
+        return self
+
 
 class IndexConfig(Section):
     model: str = Field("latest", description="version of models/ to embed with")

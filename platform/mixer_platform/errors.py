@@ -44,6 +44,10 @@ class TrainingError(MixerError):
     """A model that learns no more, such as one whose loss is no number; what was written before is as it was."""
 
 
+class DivergedError(TrainingError):
+    """A step that no worker can take: all of them meet it at once, and would again."""
+
+
 class WishError(MixerError):
     """No index reaches the recall, memory or latency that was asked for; nothing was published."""
 

@@ -23,14 +23,16 @@ def patiently(action: Callable[P, R], patience_s: float = PATIENCE_S) -> Callabl
     """
 
     def tried(*arguments: P.args, **named: P.kwargs) -> R:
-        began, wait = time.monotonic(), 0.1
+        failing: float | None = None  # since when; the action itself may take long
+        wait = 0.1
         while True:
             try:
                 return action(*arguments, **named)
             except (MissingError, ConflictError, FileNotFoundError):
                 raise
             except (StorageError, OSError) as error:
-                if time.monotonic() - began > patience_s:
+                failing = time.monotonic() if failing is None else failing
+                if time.monotonic() - failing > patience_s:
                     raise
                 _log.warning("%s; trying again in %.1f s", error, wait)
                 time.sleep(wait)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,7 @@ _ATTEMPTS = 8  # of a request, over some 3 seconds; over half a minute where the
 _ARROW_ATTEMPTS = 5  # its waits are longer
 _CUT = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)  # what reading half a body raises
 _FAILED = (ClientError, BotoCoreError, Boto3Error, RetriesExceededError, S3DownloadFailedError)
+_WHOLE = 2**30  # bytes of a put; S3 takes 5 GB, and more in parts only
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.ENAMETOOLONG, errno.ELOOP}
 
@@ -84,7 +86,10 @@ class S3Storage:
 
     def write(self, key: str, data: bytes) -> None:
         with self._explained(key):
-            self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
+            if len(data) > _WHOLE:
+                self.client.upload_fileobj(io.BytesIO(data), self.bucket, self._key(key))
+            else:
+                self.client.put_object(Bucket=self.bucket, Key=self._key(key), Body=data)
 
     def upload(self, key: str, path: Path) -> None:
         with local_errors(str(path)), self._explained(key):

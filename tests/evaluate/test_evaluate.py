@@ -12,14 +12,24 @@ from PIL import Image
 
 from mixer.calibration import fit_calibration
 from mixer_platform.config import RunConfig
-from mixer_platform.errors import InputError, StorageError
+from mixer_platform.errors import InputError, MissingError, StorageError
 from mixer_platform.evaluate.calibrate import calibrate, keep_calibration
-from mixer_platform.evaluate.compare import compare
+from mixer_platform.evaluate.compare import check_comparable, compare
 from mixer_platform.evaluate.concepts import Fired, draw_concepts
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
-from mixer_platform.evaluate.job import found_items, measure, photo_table, publish_report, shared_gallery
+from mixer_platform.evaluate.embed import PHOTO, picture_rows
+from mixer_platform.evaluate.job import (
+    found_items,
+    measure,
+    photo_table,
+    publish_report,
+    shared_gallery,
+    untrained_ranking,
+    why_unusable,
+)
 from mixer_platform.gallery import calibration_key, read_calibration
 from mixer_platform.index import lifecycle
+from mixer_platform.inputs import IMAGE, REASON
 from mixer_platform.storage import LocalStorage
 
 
@@ -39,6 +49,34 @@ def test_the_baseline_answers_over_the_gallery_of_the_index_or_not_at_all() -> N
     assert kept is not None
     assert kept["id"].to_pylist() == ["a", "c"], "b was deleted by an update"
     assert shared_gallery(items, {"a", "new"}) is None
+
+
+def test_the_baseline_ranks_photos_some_at_a_time_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    asked, items = (
+        pa.table({"id": [f"{n:02}" for n in range(count)], "untrained": list(rng.normal(size=(count, 4)))})
+        for count in (7, 12)
+    )
+    whole = untrained_ranking(asked, items, 5)
+    monkeypatch.setattr("mixer_platform.evaluate.job._SCORES", 24)
+    assert untrained_ranking(asked, items, 5) == whole
+    gallery = np.stack(items["untrained"].to_pylist())
+    unit = [(x - gallery.mean(0)) / np.linalg.norm(x - gallery.mean(0)) for x in gallery]
+    photo = np.array(asked["untrained"][6].as_py()) - gallery.mean(0)
+    assert whole[6][0] == f"{np.argmax(unit @ photo):02}"
+
+
+def test_why_photos_of_the_truth_cannot_be_used_is_told() -> None:
+    columns = {"query_id": ["a", "b", "c", "d"], "relevant_item_ids": [["i"], [], None, ["i"]]}
+    reasons = {IMAGE: ["a.png", "b.png", "c.png", "d.png"], REASON: [None, None, "relevant_item_ids is missing", None]}
+    rows = picture_rows(pa.table({**columns, **reasons}), PHOTO)
+    assert rows["image"].to_pylist() == ["a.png", None, None, "d.png"]
+    photos = rows.append_column("query", pa.array([[1.0], None, None, None]))
+    assert why_unusable(photos) == {
+        "relevant_item_ids is empty": 1,
+        "relevant_item_ids is missing": 1,
+        "picture cannot be read": 1,
+    }
 
 
 def test_of_two_equal_reports_at_once_the_first_stands(tmp_path: Path) -> None:
@@ -95,6 +133,12 @@ def test_reports_of_different_galleries_or_truths_are_not_compared(tmp_path: Pat
         InputError, match=rf"^evaluate\.against: reports/before was measured on another {part}; "
     ) as error:
         compare(storage, "reports", {**report, part: "another"}, asked, "before")
+    known = {"gallery": report["gallery"]}  # what is known before photos are read
+    check_comparable(storage, "reports", known, "before")
+    with pytest.raises(InputError):
+        check_comparable(storage, "reports", {"gallery": "another"}, "before")
+    with pytest.raises(MissingError, match=r"reports/befor\.json"):
+        check_comparable(storage, "reports", {}, "befor")
     assert "\n" not in str(error.value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,18 @@ def test_other_families_by_path(
     assert encoded.shape == (3, patches, width)
     assert not torch.allclose(encoded[0], encoded[2], atol=1e-4)
     torch.testing.assert_close(encoder(pixels(2, size)), encoded[:2], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_on_disk_is_fp32_here(tmp_path: Path, vit_path: str, bert_path: str, kind: torch.dtype) -> None:
+    from transformers import AutoModel
+
+    for name in (vit_path, bert_path):
+        folder = shutil.copytree(name, tmp_path / Path(name).name)
+        AutoModel.from_pretrained(name).to(kind).save_pretrained(folder)
+    image, text = image_encoder(str(tmp_path / Path(vit_path).name)), TextEncoder(str(folder), 8)
+    assert {parameter.dtype for module in (image, text) for parameter in module.parameters()} == {torch.float32}
+    torch.testing.assert_close(image(pixels(2)), image_encoder(vit_path)(pixels(2)), rtol=0.1, atol=0.1)
 
 
 @pytest.fixture(params=["vit", pytest.param("efficientnet", marks=needs_efficientnet)])

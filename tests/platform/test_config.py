@@ -87,6 +87,10 @@ def test_files_that_are_no_configuration(tmp_path: Path, text: str, said: str) -
             "index.embedder_gpus=1",
             "command line: index: embedder_gpus 1 would lie idle, for embedder_device is cpu; set it to cuda",
         ),
+        (
+            "train.gpus_per_worker=0.5",
+            "command line: train: gpus_per_worker 0.5: of several workers each takes one, or none (0)",
+        ),
         ("workspace=", "command line: workspace: expected a valid string, found None"),
     ],
 )

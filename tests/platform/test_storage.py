@@ -145,6 +145,13 @@ def test_no_half_written_file_is_seen(storage: Storage) -> None:
     writer.join()
 
 
+def test_what_is_too_large_for_one_put_is_written_in_parts(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mixer_platform.s3._WHOLE", 2**20)
+    data = np.random.default_rng(0).bytes(2 * BIG + 1)
+    storage.write("large", data)
+    assert storage.read("large") == data
+
+
 def test_files_travel_whole(storage: Storage, tmp_path: Path) -> None:
     source, copy = tmp_path / "source", tmp_path / "new/folder/copy"
     for data in (b"", b"some", np.random.default_rng(0).bytes(2 * BIG + 1)):

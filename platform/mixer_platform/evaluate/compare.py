@@ -12,21 +12,30 @@ from mixer_platform import versions
 from mixer_platform.errors import InputError
 from mixer_platform.storage import Storage
 
+_DRAWS = 2000
+
+
+def check_comparable(storage: Storage, kind: str, report: dict[str, Any], against: str) -> None:
+    """Raise InputError if an earlier report's gallery or truth, as far as this one's are known, is another: its figures
+    then do not compare. Raises MissingError if it is not there."""
+    before = versions.read_json(storage, f"{kind}/{against}.json")
+    for part in ("gallery", "truth"):
+        if part in report and before.get(part) != report[part]:
+            measured = f"evaluate.against: {kind}/{against} was measured on another {part}"
+            raise InputError(f"{measured}; evaluate that run again on this one")
+
 
 def compare(storage: Storage, kind: str, report: dict[str, Any], asked: pa.Table, against: str) -> dict[str, Any]:
     """Return what recall@1 gained over an earlier report, with a 95 % bootstrap interval over photos.
 
-    Raises InputError if that one's gallery or truth is another: its figures then do not compare.
+    Raises as `check_comparable` does.
     """
-    before = versions.read_json(storage, f"{kind}/{against}.json")
-    for part in ("gallery", "truth"):
-        if before.get(part) != report[part]:
-            measured = f"evaluate.against: {kind}/{against} was measured on another {part}"
-            raise InputError(f"{measured}; evaluate that run again on this one")
+    check_comparable(storage, kind, report, against)
     earlier = pq.read_table(pa.BufferReader(storage.read(f"{kind}/{against}.parquet")))
     gained = _first_hits(asked) - _first_hits(earlier)
-    drawn = np.random.default_rng(0).integers(len(gained), size=(2000, len(gained)))
-    low, high = np.percentile(gained[drawn].mean(axis=1), [2.5, 97.5])
+    rng = np.random.default_rng(0)
+    means = [gained[rng.integers(len(gained), size=len(gained))].mean() for _ in range(_DRAWS)]
+    low, high = np.percentile(means, [2.5, 97.5])
     return {"version": against, "r1_gain": round(gained.mean(), 4), "interval": [round(low, 4), round(high, 4)]}
 
 

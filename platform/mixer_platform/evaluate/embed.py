@@ -22,20 +22,28 @@ from mixer_platform.storage import Storage, open_storage, read_uri
 
 PHOTO, ITEM = "photo", "item"
 _ROWS = pa.schema(
-    [("kind", pa.string()), ("id", pa.string()), ("image", pa.string()), ("relevant_item_ids", pa.list_(pa.string()))]
+    [
+        ("kind", pa.string()),
+        ("id", pa.string()),
+        ("image", pa.string()),
+        ("relevant_item_ids", pa.list_(pa.string())),
+        (REASON, pa.string()),
+    ]
 )
 
 
 def picture_rows(batch: pa.Table, kind: str) -> pa.Table:
     """Return the rows of the truth, or the sound ones of the items, in the columns that both have for `PhotoWorker`.
 
-    A broken row of the truth loses its picture, and counts as a photo that cannot be used.
+    A broken row of the truth keeps its reason and loses its picture: it counts as a photo that cannot be used.
     """
     if kind == ITEM:
         batch = batch.filter(pc.is_null(batch[REASON]))
-    relevant = batch["relevant_item_ids"] if kind == PHOTO else pa.nulls(len(batch))
-    pictures = pc.if_else(pc.is_null(batch[REASON]), batch[IMAGE], None)
-    columns = [pa.array([kind] * len(batch), pa.string()), batch[0], pictures, relevant]
+    relevant = batch["relevant_item_ids"] if kind == PHOTO else pa.nulls(len(batch), pa.list_(pa.string()))
+    empty = pc.fill_null(pc.equal(pc.list_value_length(relevant), 0), False)
+    reasons = pc.if_else(empty, "relevant_item_ids is empty", batch[REASON].cast(pa.string()))
+    pictures = pc.if_else(pc.is_null(reasons), batch[IMAGE], None)
+    columns = [pa.array([kind] * len(batch), pa.string()), batch[0], pictures, relevant, reasons]
     return pa.table(columns, names=_ROWS.names).cast(_ROWS)
 
 

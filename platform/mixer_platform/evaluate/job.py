@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import logging
 import os
 import platform
@@ -26,17 +27,18 @@ from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import ConflictError, InputError, StorageError
 from mixer_platform.evaluate.calibrate import DEPTH, calibrate, keep_calibration
-from mixer_platform.evaluate.compare import compare
+from mixer_platform.evaluate.compare import check_comparable, compare
 from mixer_platform.evaluate.concepts import Fired, concepts_of, draw_concepts
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
 from mixer_platform.evaluate.embed import ITEM, PHOTO, PhotoWorker, export_untrained, picture_rows
 from mixer_platform.gallery import MISSING, IndexManifest, Shard, merge_top_k, read_manifest, segment_folders
-from mixer_platform.inputs import InputFiles, find_file, find_input, pictures_tag, read_input
+from mixer_platform.inputs import REASON, InputFiles, find_file, find_input, pictures_tag, read_input
 from mixer_platform.schema import ITEMS, TRUTH, Table
 from mixer_platform.storage import Storage, open_storage, read_uri, resolve_uri
 
 KIND = "reports"
 _NDCG_K = 10
+_SCORES = 2**24  # of photos and items that are in memory at a time
 _log = logging.getLogger(__name__)
 _FORM = "calibrated"  # of reports: one that an older version wrote says less, and is written anew
 
@@ -54,44 +56,53 @@ def evaluate(config: RunConfig) -> dict[str, Any]:
     model = versions.require(storage, "models", index.model)
     truth = find_truth(config)
     gallery = versions.fingerprint_of(index.version)
-    version = versions.fingerprint(
-        _FORM, gallery, truth.storage.uri, truth.tags, pictures_tag(truth), config.evaluate.model_dump()
-    )
+    catalogue = find_input(config.data, ITEMS) if config.evaluate.baseline else None
+    sources = [(each.storage.uri, each.tags, pictures_tag(each)) for each in (truth, catalogue) if each]
+    version = versions.fingerprint(_FORM, gallery, sources, config.evaluate.model_dump())
     if storage.tag(f"{KIND}/{version}.json"):
         report = versions.read_json(storage, f"{KIND}/{version}.json")
         keep_calibration(storage, report)
         return {**report, "reused": True}
 
+    shards = open_shards(storage, index)
+    gallery_ids = {item for shard in shards for item in shard.item_ids()}
+    # Whatever model embedded it, and before what takes long.
+    measured = {"gallery": versions.fingerprint(sorted(gallery_ids))}
+    if config.evaluate.against:
+        check_comparable(storage, KIND, measured, config.evaluate.against)
     architecture = ModelConfig.model_validate(versions.read_json(storage, f"models/{index.model}/config.json"))
     encoder = export_untrained(storage, architecture) if config.evaluate.baseline else None
-    photos, items = _pictures(truth, storage, index.model, encoder, architecture, config)
-    asked = photos.filter(pc.is_valid(photos["query"]))
+    photos, items = _pictures(truth, catalogue, storage, index.model, encoder, architecture, config)
+    asked, unusable = photos.filter(pc.is_valid(photos["query"])), why_unusable(photos)
+    place = f"{truth.storage.uri}/{', '.join(truth.tags)}"
+    told = "; ".join(f"{count} × {why}" for why, count in unusable.items())
     if not len(asked):
-        raise InputError(f"{truth.storage.uri}/{', '.join(truth.tags)}: no photo can be read; nothing to evaluate")
+        raise InputError(f"{place}: no photo can be used ({told}); nothing to evaluate")
+    if unusable:
+        _log.warning("%s: %d photos cannot be used: %s", place, len(photos) - len(asked), told)
     relevant = [set(ids) for ids in asked["relevant_item_ids"].to_pylist()]
     depth = max(*config.evaluate.ks, _NDCG_K, DEPTH)
-    shards = open_shards(storage, index)
     results = search_shards(shards, _vectors(asked["query"]), depth)
     ranked = [[item["item_id"] for _, item in found] for found in results]
     asked = asked.append_column("hits", pa.array(relevance(ranked, relevant).tolist(), pa.list_(pa.bool_())))
-    gallery_ids = {item for shard in shards for item in shard.item_ids()}
     report = {
         **measure(ranked, relevant, config.evaluate.ks),
         "calibration": calibrate(results, relevant),
         "queries": len(asked),
         "unusable_photos": len(photos) - len(asked),
+        "why_unusable": unusable,
         "items": index.items,
         "index": index.version,
         "model": index.model,
         "samples": model["samples"],
-        "gallery": versions.fingerprint(sorted(gallery_ids)),  # whatever model embedded it
+        **measured,
         "truth": versions.fingerprint(asked.select(["id", "relevant_item_ids"]).to_pylist()),
     }
     if config.evaluate.against:
         report["against"] = compare(storage, KIND, report, asked, config.evaluate.against)
     items = shared_gallery(items, gallery_ids) if encoder else None
     if items and items["untrained"].null_count < len(items):
-        ranked = _untrained_ranking(asked, items, depth)
+        ranked = untrained_ranking(asked, items, depth)
         report["untrained"] = measure(ranked, relevant, config.evaluate.ks)
     report |= {
         "version": version,
@@ -151,9 +162,15 @@ def search_shards(shards: list[Shard], queries: np.ndarray, k: int) -> list[list
 def shared_gallery(items: pa.Table, gallery_ids: set[str]) -> pa.Table | None:
     """Return the rows of a catalogue, by `id`, that an index has; None where an update brought it others."""
     if missing := gallery_ids.difference(items["id"].to_pylist()):
-        _log.warning("%d items of the index are not in the catalogue: no untrained baseline", len(missing))
+        _log.warning("%d items of the index are not in the catalogue: no untrained baseline; add them", len(missing))
         return None
     return items.filter(pc.is_in(items["id"], pa.array(gallery_ids, pa.string())))
+
+
+def why_unusable(photos: pa.Table) -> dict[str, int]:
+    """Return how many photos cannot be used for each reason, the most frequent first."""
+    bad = photos.filter(pc.is_null(photos["query"]))
+    return dict(collections.Counter(pc.fill_null(bad[REASON], "picture cannot be read").to_pylist()).most_common())
 
 
 def measure(ranked: list[list[str]], relevant: list[set[str]], ks: tuple[int, ...]) -> dict[str, float]:
@@ -166,12 +183,18 @@ def measure(ranked: list[list[str]], relevant: list[set[str]], ks: tuple[int, ..
 
 
 def _pictures(
-    truth: InputFiles, storage: Storage, model: str, encoder: str | None, architecture: ModelConfig, config: RunConfig
+    truth: InputFiles,
+    catalogue: InputFiles | None,
+    storage: Storage,
+    model: str,
+    encoder: str | None,
+    architecture: ModelConfig,
+    config: RunConfig,
 ) -> tuple[pa.Table, pa.Table]:
-    """Return the photos and, for an `encoder`, the sound items, embedded, in order of their ids."""
+    """Return the photos and the sound items of the catalogue, if there is one, embedded, in order of their ids."""
     rows = read_input(truth).map_batches(partial(picture_rows, kind=PHOTO), batch_format="pyarrow")
-    if encoder:
-        items = read_input(find_input(config.data, ITEMS))
+    if catalogue:
+        items = read_input(catalogue)
         rows = rows.union(items.map_batches(partial(picture_rows, kind=ITEM), batch_format="pyarrow"))
     rows = rows.repartition(target_num_rows_per_block=config.index.batch_size).map_batches(
         PhotoWorker,
@@ -189,14 +212,18 @@ def _pictures(
     return photos, items
 
 
-def _untrained_ranking(asked: pa.Table, items: pa.Table, depth: int) -> list[list[str]]:
+def untrained_ranking(asked: pa.Table, items: pa.Table, depth: int) -> list[list[str]]:
     items = items.filter(pc.is_valid(items["untrained"]))
     gallery, photos = _vectors(items["untrained"]), _vectors(asked["untrained"])
     centre = gallery.mean(axis=0)
     gallery, photos = (_unit(features - centre) for features in (gallery, photos))
     item_ids = np.array(items["id"].to_pylist())
-    best = np.argsort(-(photos @ gallery.T), axis=1, kind="stable")[:, :depth]
-    return item_ids[best].tolist()
+    ranked: list[list[str]] = []
+    at_once = max(1, _SCORES // len(gallery))
+    for start in range(0, len(photos), at_once):
+        scores = photos[start : start + at_once] @ gallery.T
+        ranked += item_ids[np.argsort(-scores, axis=1, kind="stable")[:, :depth]].tolist()
+    return ranked
 
 
 def _sheet(asked: pa.Table, results: list, relevant: list[set[str]], config: RunConfig) -> bytes:

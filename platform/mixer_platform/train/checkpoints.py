@@ -28,6 +28,11 @@ def name_of(epoch: int, batches: int = 0) -> str:
     return f"epoch-{epoch:05d}" + (f"-{batches:010d}" if batches else "")
 
 
+def file_of(owned: range | slice) -> str:
+    """Return the name of a file of rows, by the classes that it holds; names sort."""
+    return f"{owned.start:012d}-{owned.stop:012d}.safetensors"
+
+
 class Checkpoints:
     """The checkpoints of one run, below `runs/<run>/` of a workspace. `state.json` makes one visible.
 
@@ -62,8 +67,8 @@ class Checkpoints:
         size = max(1, _FILE * len(owned) // sum(value.nbytes for value in rows.values()))
         for start in range(0, len(owned), size):
             piece = owned[start : start + size]
-            key = f"{self.folder}/{name}/classifier/{piece.start:012d}-{piece.stop:012d}.safetensors"
-            self._write(key, save({part: value[start : start + size].clone() for part, value in rows.items()}))
+            content = save({part: value[start : start + size].clone() for part, value in rows.items()})
+            self._write(f"{self.folder}/{name}/classifier/{file_of(piece)}", content)
 
     def write_towers(self, name: str, towers: dict[str, Tensor]) -> None:
         """Write the towers; one worker does."""

@@ -22,7 +22,7 @@ from mixer.softmax import ShardedMarginSoftmax
 from mixer.targets import Targets, concatenate
 from mixer.training import Batch
 from mixer_platform.config import TrainConfig
-from mixer_platform.errors import TrainingError
+from mixer_platform.errors import DivergedError
 from mixer_platform.train.stopwatch import Stopwatch
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -61,7 +61,7 @@ class HybridTrainer:
     def step(self, batch: Batch) -> float:
         """Learn from one global batch of which `batch` is this worker's part; return the global loss.
 
-        Raises TrainingError on every worker if it is no number.
+        Raises DivergedError on every worker if it is no number.
         """
         self._set_learning_rates()
         self.head.begin_step(self.config.seed, self.step_count)
@@ -133,8 +133,8 @@ class HybridTrainer:
         for gradient in (*towers, *classes):
             gradient.div_(excess)
 
-    def _diverged(self, what: str) -> TrainingError:
-        return TrainingError(
+    def _diverged(self, what: str) -> DivergedError:
+        return DivergedError(
             f"step {self.step_count}: {what}; lower train.tower_lr, train.classifier_lr or train.fine_tune.encoder_lr, "
             "or set train.precision=fp32; the last checkpoint and all models are as they were"
         )
@@ -160,7 +160,7 @@ class HybridTrainer:
     def tower_state(self) -> dict[str, Tensor]:
         """Return the buffers and every trained parameter with its moments, whole and in fp32; a collective call.
 
-        Raises TrainingError on every worker if some are no numbers: nobody may go on from them.
+        Raises DivergedError on every worker if some are no numbers: nobody may go on from them.
         """
         state = self.trained_state()
         if broken := next((name for name, values in state.items() if not values.isfinite().all()), None):

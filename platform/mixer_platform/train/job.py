@@ -13,6 +13,7 @@ import matplotlib
 from ray.train import FailureConfig, ScalingConfig
 from ray.train import RunConfig as RayRunConfig
 from ray.train.torch import TorchTrainer
+from safetensors.torch import save
 from torch.utils.tensorboard import SummaryWriter
 
 from mixer.config import ModelConfig
@@ -21,10 +22,10 @@ from mixer.export import export_model
 from mixer.towers import MixerModel
 from mixer_platform import versions
 from mixer_platform.config import RunConfig, TrainConfig
-from mixer_platform.errors import ConfigError
+from mixer_platform.errors import ConfigError, TrainingError
 from mixer_platform.patience import patiently
 from mixer_platform.storage import Storage, open_storage
-from mixer_platform.train.checkpoints import Checkpoints
+from mixer_platform.train.checkpoints import Checkpoints, file_of
 from mixer_platform.train.features import cache_features
 from mixer_platform.train.loop import train_worker
 from mixer_platform.train.stages import encoder_widths
@@ -61,7 +62,7 @@ def train(config: RunConfig) -> dict[str, Any]:
 
     An interrupted run goes on from its last checkpoint, also with another number of workers.
     Raises StorageError when there are no samples or no model to start from, ConfigError when an encoder cannot be had
-    or the model to start from is of another architecture.
+    or the model to start from is of another architecture, TrainingError when a loss is no number.
     """
     started = time.monotonic()
     storage = open_storage(config.workspace)
@@ -145,7 +146,7 @@ def _fit(job: dict[str, Any], config: RunConfig) -> None:
     else:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # of a node that has some: DeepSpeed would take the first
     with tempfile.TemporaryDirectory() as scratch:  # Ray Train wants one; checkpoints are in the workspace
-        TorchTrainer(
+        result = TorchTrainer(
             train_worker,
             train_loop_config=job,
             scaling_config=ScalingConfig(
@@ -160,6 +161,8 @@ def _fit(job: dict[str, Any], config: RunConfig) -> None:
                 worker_runtime_env={"env_vars": environment},
             ),
         ).fit()
+    if result.return_value:
+        raise TrainingError(result.return_value)
 
 
 def _publish(
@@ -174,8 +177,9 @@ def _publish(
         export_model(model, folder)
         write_curves(report["history"], folder)
         versions.upload(storage, folder, f"{KIND}/{version}")
-    for key in checkpoints.class_files(name):
-        storage.write(f"{KIND}/{version}/classifier/{key.rpartition('/')[2]}", storage.read(key))
+    for owned, rows in checkpoints.read_classes(name, range(report["classes"])):
+        key = f"{KIND}/{version}/classifier/{file_of(owned)}"
+        storage.write(key, save({"weight": rows["weight"]}))  # without moments, which nobody reads
     storage.write(f"{KIND}/{version}/metrics.json", versions.to_json(report))
 
 

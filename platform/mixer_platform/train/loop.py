@@ -17,6 +17,7 @@ from mixer.metrics import hit_at_k
 from mixer.sampling import class_chances
 from mixer.training import Batch
 from mixer_platform.config import TrainConfig
+from mixer_platform.errors import DivergedError
 from mixer_platform.patience import patiently
 from mixer_platform.storage import open_storage
 from mixer_platform.train.checkpoints import Checkpoints, name_of
@@ -30,32 +31,38 @@ from mixer_platform.train.stages import (
     stage_of,
     stages_of,
     start_classes,
-    with_pictures,
 )
 
 _SCORES = 2**26  # of photos and items that are in memory at a time
 
 
-def train_worker(job: dict[str, Any]) -> None:
-    """Train one run to its last epoch. `job` holds workspace, run, samples, features, classes, model, train.
+def train_worker(job: dict[str, Any]) -> str | None:
+    """Train one run to its last epoch, or return why it cannot be: what fails is started again, which would not help.
 
-    Every worker calls this at once; what differs is only its rank.
+    `job` holds workspace, run, samples, features, classes, model, train. Every worker calls this at once; what differs
+    is only its rank.
     """
+    try:
+        _learn(job)
+    except DivergedError as error:
+        return error.sentence
+    return None
+
+
+def _learn(job: dict[str, Any]) -> None:
     config = TrainConfig.model_validate(job["train"])
     checkpoints = Checkpoints(patiently(open_storage)(job["workspace"]), job["run"])
     rank = dist.get_rank()
     device = ray.train.torch.get_device()
     torch.set_num_threads(max(1, int(config.cpus_per_worker)))
 
-    samples, rows, held_out = read_samples(job, config)
     state = newest(checkpoints, rank)
     start, history = state["epoch"], state["history"]
     stages = stages_of(config)
     stage = stage_of(config, start if state["batches"] else max(start - 1, 0))  # of what was trained last, if anything
+    samples, rows, held_out = read_samples(job, config, stage)
     if stage:
         samples.targets = checkpoints.read_targets(stage)
-    if stage == config.rounds:
-        samples = with_pictures(job, samples)
     trainer = new_trainer(job, stages[stage], samples, len(rows), device)
     if "name" in state:
         trainer.load_tower_state(checkpoints.read_towers(state["name"]), state["step"])

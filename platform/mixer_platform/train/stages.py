@@ -42,16 +42,21 @@ def stage_of(config: TrainConfig, epoch: int) -> int:
     return min(epoch // config.epochs, len(stages_of(config)) - 1)
 
 
-def read_samples(job: dict[str, Any], config: TrainConfig) -> tuple[Samples, np.ndarray, np.ndarray]:
-    """Return the samples of a run as cached features of the frozen encoder, and `split_holdout` of them.
+def read_samples(job: dict[str, Any], config: TrainConfig, stage: int) -> tuple[Samples, np.ndarray, np.ndarray]:
+    """Return the samples of a run as its stage learns from them, with the targets of the logs, and `split_holdout` of
+    them: as pictures where it fine-tunes, else as cached features of the frozen encoder.
 
-    Photos that are held out lend nobody their evidence, and have that of nobody.
+    In the first stage photos share their evidence; those that are held out lend nobody theirs, and have that of nobody.
     """
-    architecture = ModelConfig.model_validate(job["model"])
-    storage, widths = patiently(open_storage)(job["workspace"]), tuple(job["widths"])
-    samples = patiently(FeatureSamples)(storage, job["features"], widths, config.views, architecture.max_tokens)
+    samples: Samples
+    if stage == config.rounds:
+        samples = read_pictures(job)
+    else:
+        architecture = ModelConfig.model_validate(job["model"])
+        storage, widths = patiently(open_storage)(job["workspace"]), tuple(job["widths"])
+        samples = patiently(FeatureSamples)(storage, job["features"], widths, config.views, architecture.max_tokens)
     split = split_holdout(samples.targets, len(samples.photos), job["classes"], config.holdout, config.seed)
-    if config.neighbours:
+    if isinstance(samples, FeatureSamples) and config.neighbours and not stage:
         samples.pool_evidence(job["classes"], config.neighbours, split[1])
     return samples, *split
 
@@ -69,15 +74,13 @@ def split_holdout(
     return np.setdiff1d(np.arange(len(targets)), held_out), np.sort(held_out)
 
 
-def with_pictures(job: dict[str, Any], samples: Samples) -> PictureSamples:
-    """Return the same samples and targets, as pictures."""
+def read_pictures(job: dict[str, Any]) -> PictureSamples:
+    """Return the samples of a run as pictures, with the targets of the logs."""
     architecture = ModelConfig.model_validate(job["model"])
     config, model = TrainConfig.model_validate(job["train"]), MixerModel(architecture)
     preprocess, tokenizer = model.image_encoder.preprocess, model.text_encoder.tokenizer
     source = (job["workspace"], job["samples"], preprocess, tokenizer, config.seed)
-    pictures = patiently(PictureSamples)(*source, threads=int(config.cpus_per_worker))
-    pictures.targets = samples.targets
-    return pictures
+    return patiently(PictureSamples)(*source, threads=int(config.cpus_per_worker))
 
 
 def next_stage(
@@ -92,8 +95,9 @@ def next_stage(
     config = TrainConfig.model_validate(job["train"])
     settings = stages_of(config)[stage]
     if stage == config.rounds:
-        samples = with_pictures(job, samples)
-        return samples, new_trainer(job, settings, samples, len(rows), device, trainer)
+        pictures = read_pictures(job)
+        pictures.targets = samples.targets
+        return pictures, new_trainer(job, settings, pictures, len(rows), device, trainer)
     samples.targets = relabelled(trainer, samples, config, device)
     trainer.release()
     trainer = new_trainer(job, settings, samples, len(rows), device)
@@ -206,7 +210,8 @@ def embedded(
     plan = EpochPlan(np.arange(total), np.full(total, view), np.zeros(total, bool), np.zeros(total, bool))
     shares = [class_range(len(rows), head.world, rank) for rank in range(head.world)]
     mine = rows[shares[head.rank].start : shares[head.rank].stop]
-    size = min(batch_size, trainer.config.micro_batch or batch_size)
+    share = -(-batch_size // head.world)  # no more at a time than a step has
+    size = min(share, trainer.config.micro_batch or share)
     # Every worker asks as often as the one with most: with ZeRO 3, embedding is a collective call.
     parts = [mine[start : start + size] for start in range(0, max(1, *map(len, shares)), size)]
     embeddings = [trainer.engine(samples.batch(part, plan).to(device)).float() for part in parts]
