@@ -67,7 +67,7 @@ from mixer_platform.storage import open_storage, read_uri
 from mixer_platform.train.features import FeatureSamples, cache_features
 from mixer_platform.train.job import train
 from mixer_platform.train.labels import in_training_order, read_labels
-from mixer_platform.train.stages import encoder_widths
+from mixer_platform.train.stages import read_encoders
 
 CONFIG = Path(__file__).parents[1] / "jobs/configs/local.yaml"
 KS = (1, 5, 10)
@@ -81,7 +81,7 @@ def prepare_bench(data: str, workspace: str, path: Path = CONFIG) -> Bench:
     storage = open_storage(workspace)
     prepared = prepare(config)
     features = cache_features(storage, prepared["version"], config.model, config.train)
-    widths = encoder_widths(config.model, config.train.fine_tune)
+    widths, _ = read_encoders(config.model, config.train.fine_tune)
     samples = FeatureSamples(storage, features, widths, config.train.views, config.model.max_tokens)
     encoder = ImageFeatures(versions.fetch(storage, f"features/{features}/encoders", workspace), threads=2)
     photos, relevant = read_truth(config, lambda picture: encoder(encoder.preprocess(picture)[None]).mean(axis=1)[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -157,6 +158,14 @@ class TextEncoder(nn.Module):
 def image_encoder(name: str) -> ImageEncoder:
     """Return the packaged default or any transformers vision model. Raises EncoderError."""
     return EfficientNetLite0() if name == EFFICIENTNET_LITE0 else TransformersImageEncoder(name)
+
+
+def digest(encoder: ImageEncoder | TextEncoder) -> str:
+    """Return what tells encoders apart: their weights and how pictures are cut, whatever name or path they have."""
+    told = hashlib.sha256(str(getattr(encoder, "preprocess", "")).encode())
+    for name, value in sorted(encoder.state_dict().items()):
+        told.update(name.encode() + value.contiguous().numpy().tobytes())
+    return told.hexdigest()
 
 
 def _text_path(name: str) -> str:

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from mixer.encoders import EFFICIENTNET_LITE0, MINILM_L6, EncoderError, ImageEncoder, TextEncoder, image_encoder
+from mixer.encoders import EFFICIENTNET_LITE0, MINILM_L6, EncoderError, ImageEncoder, TextEncoder, digest, image_encoder
 from mixer.images import ImagePreprocess
 
 needs_efficientnet = pytest.mark.skipif(
@@ -92,6 +92,19 @@ def test_other_families_by_path(
     assert encoded.shape == (3, patches, width)
     assert not torch.allclose(encoded[0], encoded[2], atol=1e-4)
     torch.testing.assert_close(encoder(pixels(2, size)), encoded[:2], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_at_a_path_tells_encoders_apart_and_not_the_path(tmp_path: Path, vit_path: str) -> None:
+    from transformers import AutoModel
+
+    known = digest(image_encoder(vit_path))
+    folder = shutil.copytree(vit_path, tmp_path / "elsewhere")
+    assert digest(image_encoder(str(folder))) == known
+    model = AutoModel.from_pretrained(folder)
+    with torch.no_grad():
+        next(model.parameters()).add_(1e-3)
+    model.save_pretrained(folder)
+    assert digest(image_encoder(str(folder))) != known
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])

@@ -92,15 +92,16 @@ def _seen(
 
 def export_untrained(storage: Storage, architecture: ModelConfig) -> str:
     """Write the graph of the bare image encoder into the workspace unless it is there; return its folder's key."""
-    from mixer.encoders import image_encoder  # here, not at the top: the actors of this module need no torch
+    from mixer.encoders import digest, image_encoder  # here, not at the top: the actors of this module need no torch
     from mixer.export import export_image_encoder
 
-    fingerprint = versions.fingerprint(architecture.image_encoder)
+    encoder = image_encoder(architecture.image_encoder)
+    fingerprint = versions.fingerprint(digest(encoder))
     if done := versions.find(storage, "encoders", fingerprint):
         return f"encoders/{done['version']}"
     version = versions.new_version(fingerprint)
     with tempfile.TemporaryDirectory() as scratch:
-        export_image_encoder(image_encoder(architecture.image_encoder), Path(scratch))
+        export_image_encoder(encoder, Path(scratch))
         versions.upload(storage, Path(scratch), f"encoders/{version}")
     versions.publish(storage, "encoders", version, {"image_encoder": architecture.image_encoder})
     return f"encoders/{version}"

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from mixer.config import ModelConfig
 from mixer.embedder import Device, DeviceError, ImageFeatures, TextFeatures
-from mixer.encoders import image_encoder
+from mixer.encoders import digest
 from mixer.export import export_encoders
 from mixer.images import augment
 from mixer.sampling import EpochPlan
 from mixer.targets import concatenate, pool_evidence
-from mixer.towers import MixerModel, Towers
+from mixer.towers import Towers
 from mixer.training import Batch
 from mixer_platform import versions
 from mixer_platform.ahead import ahead
@@ -48,18 +48,17 @@ _log = logging.getLogger(__name__)
 def cache_features(storage: Storage, samples: str, model: ModelConfig, train: TrainConfig) -> str:
     """Compute `features/<version>/` for a samples version unless it is there, and return the version."""
     seed = train.seed if train.views > 1 else 0  # of what is augmented
-    settings = [model.image_encoder, model.text_encoder, model.max_tokens, model.pooling, train.views, seed]
-    whole = starting_model(storage, train.start, model) if train.start else None
-    if whole and (trained := _digest(whole.image_encoder)) != _digest(image_encoder(model.image_encoder)):
-        settings.append(trained)
-    fingerprint = versions.fingerprint(versions.fingerprint_of(samples), *settings)
+    whole = starting_model(storage, train.start, model)
+    encoders = [digest(encoder) for encoder in (whole.image_encoder, whole.text_encoder)]
+    settings = [model.text_encoder, model.max_tokens, model.pooling, train.views, seed]
+    fingerprint = versions.fingerprint(versions.fingerprint_of(samples), encoders, *settings)
     if done := versions.find(storage, KIND, fingerprint):
         _log.info("features %s are there already", done["version"])
         return done["version"]
     version = versions.new_version(fingerprint)
     folder = f"{KIND}/{version}"
     with tempfile.TemporaryDirectory() as scratch:
-        export_encoders(whole or MixerModel(model), Path(scratch))
+        export_encoders(whole, Path(scratch))
         versions.upload(storage, Path(scratch), f"{folder}/encoders")
     rows = ray.data.read_parquet(storage.path(f"samples/{samples}/train"), filesystem=storage.filesystem)
     # Small blocks: an item costs many times a photo, and the actors shall end together.
@@ -75,13 +74,6 @@ def cache_features(storage: Storage, samples: str, model: ModelConfig, train: Tr
     features.write_parquet(storage.path(f"{folder}/rows"), filesystem=storage.filesystem)
     versions.publish(storage, KIND, version, {"samples": samples, "views": train.views})
     return version
-
-
-def _digest(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 class FeatureWorker:
@@ -128,8 +120,8 @@ class FeatureWorker:
         if row["image"] is None:
             return None
         picture = read_picture(row["image"])
-        digest = hashlib.sha256(f"{self.seed}:{row['sample_id']}".encode()).digest()
-        rng = np.random.default_rng(list(digest[:8]))
+        told = hashlib.sha256(f"{self.seed}:{row['sample_id']}".encode()).digest()
+        rng = np.random.default_rng(list(told[:8]))
         augmented = [picture, *(augment(picture, rng) for _ in range(self.views - 1))]
         return np.stack([self.images.preprocess(view) for view in augmented])
 

@@ -28,7 +28,7 @@ from mixer_platform.storage import Storage, open_storage
 from mixer_platform.train.checkpoints import Checkpoints, file_of
 from mixer_platform.train.features import cache_features
 from mixer_platform.train.loop import train_worker
-from mixer_platform.train.stages import encoder_widths
+from mixer_platform.train.stages import read_encoders
 from mixer_platform.train.start import MODELS, NEW, classes_of, kept_classes, start_of, starting_model
 
 matplotlib.use("Agg")
@@ -71,15 +71,16 @@ def train(config: RunConfig) -> dict[str, Any]:
     learning = config.train.model_copy(update={"start": start["version"] if start else None})
     # What changes neither the samples nor the steps makes no new run.
     settings = learning.model_dump(exclude=_NOT_LEARNED_FROM if start else {**_NOT_LEARNED_FROM, "start": True})
-    run = versions.fingerprint(versions.fingerprint_of(samples["version"]), config.model.model_dump(), settings)
+    try:
+        widths, encoders = read_encoders(config.model, config.train.fine_tune)
+    except EncoderError as error:
+        raise ConfigError(f"model: {error}") from error
+    prepared = versions.fingerprint_of(samples["version"])
+    run = versions.fingerprint(prepared, config.model.model_dump(), encoders, settings)
     if done := versions.find(storage, KIND, run):
         _log.info("model %s is there already", done["version"])
         return {**done, "reused": True}
 
-    try:
-        widths = encoder_widths(config.model, config.train.fine_tune)
-    except EncoderError as error:
-        raise ConfigError(f"model: {error}") from error
     checkpoints = Checkpoints(storage, run)
     kept = 0
     if start:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mixer.config import ModelConfig
-from mixer.encoders import TextEncoder, image_encoder
+from mixer.encoders import TextEncoder, digest, image_encoder
 from mixer.sampling import EpochPlan
 from mixer.softmax import ShardedMarginSoftmax, class_range, fixed_scale, gather_rows
 from mixer.targets import Targets, concatenate, from_belief
@@ -218,8 +218,8 @@ def embedded(
     return gather_rows(torch.cat(embeddings), [len(share) for share in shares], head.group).cpu()
 
 
-def encoder_widths(architecture: ModelConfig, tuning: FineTuneConfig) -> tuple[int, int]:
-    """Return the width of a patch and of a token of the encoders that `architecture` names.
+def read_encoders(architecture: ModelConfig, tuning: FineTuneConfig) -> tuple[tuple[int, int], list[str]]:
+    """Return the width of a patch and of a token of the encoders that `architecture` names, and digests of both.
 
     Raises EncoderError, and ConfigError if the encoder lacks the block that fine-tuning begins at.
     """
@@ -228,4 +228,4 @@ def encoder_widths(architecture: ModelConfig, tuning: FineTuneConfig) -> tuple[i
     if tuning.epochs and tuning.from_block >= len(image.blocks):
         has = f"the image encoder has blocks 0 to {len(image.blocks) - 1}"
         raise ConfigError(f"train.fine_tune.from_block {tuning.from_block}: {has}")
-    return image.width, text.width
+    return (image.width, text.width), [digest(image), digest(text)]
