@@ -60,6 +60,14 @@ def cache_features(storage: Storage, samples: str, model: ModelConfig, train: Tr
     with tempfile.TemporaryDirectory() as scratch:
         export_encoders(whole, Path(scratch))
         versions.upload(storage, Path(scratch), f"{folder}/encoders")
+    taken, there = train.workers * train.cpus_per_worker, ray.cluster_resources().get("CPU", 0)
+    if taken > there - 1:
+        _log.warning(
+            "train.workers x train.cpus_per_worker are %g of the cluster's %g CPUs; Ray Data needs one more to feed "
+            "them, and waits for it for ever if the cluster does not grow",
+            taken,
+            there,
+        )
     rows = ray.data.read_parquet(storage.path(f"samples/{samples}/train"), filesystem=storage.filesystem)
     # Small blocks: an item costs many times a photo, and the actors shall end together.
     features = rows.repartition(target_num_rows_per_block=_BLOCK_ROWS).map_batches(
