@@ -9,7 +9,8 @@ import pytest
 from mixer.config import ModelConfig
 from mixer_platform.config import TrainConfig
 from mixer_platform.storage import open_storage
-from mixer_platform.train.stages import read_samples, with_pictures
+from mixer_platform.train.pictures import PictureSamples
+from mixer_platform.train.stages import read_samples
 from tests.flaky import Flaky
 
 
@@ -25,8 +26,12 @@ def test_samples_are_waited_for(
     job |= {"features": local.folders("features")[0], "model": architecture.model_dump(), "train": config.model_dump()}
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")  # the client gives up at once
     flaky.fail("unavailable", 3, requests)
-    samples, _, _ = read_samples(job, config)
+    samples, rows, held_out = read_samples(job, config, 0)
     assert (len(samples.photos), len(samples.labels)) == (12, 18)
+    storage.delete("features")  # which fine-tuning, where a run goes on in it, does without
     flaky.fail("unavailable", 3, requests)
-    assert len(with_pictures(job, samples).labels) == 18
+    pictures, *split = read_samples(job, config, config.rounds)
+    assert isinstance(pictures, PictureSamples)
+    assert pictures.labels.tolist() == samples.labels.tolist()
+    assert [part.tolist() for part in split] == [rows.tolist(), held_out.tolist()]
     assert flaky.failed == 3
