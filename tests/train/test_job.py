@@ -256,6 +256,7 @@ def test_a_model_that_it_cannot_start_from_is_one_sentence(
         train(run_config(workspace, architecture, start=start))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_loss_that_is_no_number_ends_the_run_at_once(cached: Path, architecture: ModelConfig) -> None:
     """Workers that fail are started again, and Ray Train's error would come of it in the end, not ours."""
