@@ -29,7 +29,8 @@ NEW = -1
 def start_of(storage: Storage, wanted: str | None, architecture: ModelConfig, samples: str) -> dict[str, Any] | None:
     """Return the manifest of the model that a run over a samples version starts from, None for an untrained one.
 
-    "latest" is the newest that learned from other samples, if there is any: a run that is asked for again is the same.
+    "latest" is the newest that learned from other samples, if there is any: a run that is asked for again is the same,
+    until another of those is published.
     Raises StorageError if there is no such version, ConfigError if it is of another architecture.
     """
     if wanted is None:
