@@ -12,7 +12,7 @@ from PIL import Image
 
 from mixer.calibration import fit_calibration
 from mixer_platform.config import RunConfig
-from mixer_platform.errors import InputError, MissingError, StorageError
+from mixer_platform.errors import InputError, StorageError
 from mixer_platform.evaluate.calibrate import calibrate, keep_calibration
 from mixer_platform.evaluate.compare import check_comparable, compare
 from mixer_platform.evaluate.concepts import Fired, draw_concepts
@@ -137,7 +137,7 @@ def test_reports_of_different_galleries_or_truths_are_not_compared(tmp_path: Pat
     check_comparable(storage, "reports", known, "before")
     with pytest.raises(InputError):
         check_comparable(storage, "reports", {"gallery": "another"}, "before")
-    with pytest.raises(MissingError, match=r"reports/befor\.json"):
+    with pytest.raises(InputError, match=r"^evaluate\.against: no report befor in .*reports; give the version of one$"):
         check_comparable(storage, "reports", {}, "befor")
     assert "\n" not in str(error.value)
 

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mixer_platform import versions
-from mixer_platform.errors import InputError
+from mixer_platform.errors import InputError, MissingError
 from mixer_platform.storage import Storage
 
 _DRAWS = 2000
@@ -17,8 +17,12 @@ _DRAWS = 2000
 
 def check_comparable(storage: Storage, kind: str, report: dict[str, Any], against: str) -> None:
     """Raise InputError if an earlier report's gallery or truth, as far as this one's are known, is another: its figures
-    then do not compare. Raises MissingError if it is not there."""
-    before = versions.read_json(storage, f"{kind}/{against}.json")
+    then do not compare, or if it is not there."""
+    try:
+        before = versions.read_json(storage, f"{kind}/{against}.json")
+    except MissingError as error:
+        there = f"{storage.uri}/{kind}"
+        raise InputError(f"evaluate.against: no report {against} in {there}; give the version of one") from error
     for part in ("gallery", "truth"):
         if part in report and before.get(part) != report[part]:
             measured = f"evaluate.against: {kind}/{against} was measured on another {part}"
