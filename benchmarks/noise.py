@@ -51,13 +51,14 @@ from mixer_platform.simulate.config import ClickConfig
 from mixer_platform.simulate.job import drawings_beside, simulate
 
 METHODS = ("mixer", "infonce", "arcface", "sampled", "true_classes")
+PHOTOS = 6500  # new ones; four of each of all things: one of each leaves an interval of 0.045
 DEMO = Path(__file__).parents[1] / "jobs/configs/demo.yaml"
 
 
 def marketplace(folder: Path, level: float, things: int | None) -> tuple[str, float]:
     """Simulate a marketplace; return its folder and the share of people's clicks that are on wrong items."""
     overrides = [f"simulate.clicks.click_noise={level}", f"simulate.max_things={things or 'null'}"]
-    overrides.append("simulate.val_photos=10000")  # one of each thing
+    overrides.append(f"simulate.val_photos={PHOTOS}")
     config = load_config(DEMO, overrides)
     data = folder / f"noise-{level}"
     report = simulate(config.simulate, data, drawings_beside(data))

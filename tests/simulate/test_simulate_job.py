@@ -106,6 +106,19 @@ def test_some_listings_have_no_usable_picture_and_val_does_not_ask_for_them(made
     assert not bad.keys() & {item for items in asked for item in items}
 
 
+def test_new_photos_are_of_every_thing_and_then_again_in_the_other_style():
+    photos = job._new_photos(np.array([4, 2, 7, 5]), 10, np.random.default_rng(0))
+    assert photos.thing.tolist() == [4, 2, 7, 5, 4, 2, 7, 5, 4, 2]
+    assert photos.style.tolist() == [0, 1, 0, 1, 1, 0, 1, 0, 0, 1]
+    assert len(set(photos.image)) == 10
+
+
+def test_something_is_left_to_photograph():
+    with pytest.raises(ValueError, match="max_things 3 leaves no item with a picture"):
+        SimulateConfig(max_things=3)
+    SimulateConfig(max_things=3, broken_pictures=2)
+
+
 def test_truth_names_the_item_that_people_click_most(made):
     folder, _ = made
     truth = dict(

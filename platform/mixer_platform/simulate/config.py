@@ -56,9 +56,18 @@ class SimulateConfig(BaseModel):
     seed: int = Field(0, ge=0, description="every draw follows from it")
     max_things: int | None = Field(None, ge=2, description="use this many things, drawn at random; all when unset")
     photos_per_drawing: int = Field(2, ge=1, description="query photos in the logs for each thing and style")
-    val_photos: int = Field(800, ge=1, description="things that get one new photo each in val.parquet, at most")
+    val_photos: int = Field(800, ge=1, description="new photos in val.parquet; no thing has two before all have one")
     photo_size: int = Field(256, ge=32, description="width and height of a query photo in pixels")
     item_size: int = Field(224, ge=32, description="width and height of a catalogue picture in pixels")
     without_description: float = Field(0.4, ge=0, le=1, description="share of items that have a title only")
     broken_pictures: int = Field(3, ge=0, description="items whose picture is missing, truncated or not an image")
     clicks: ClickConfig = ClickConfig()
+
+    @model_validator(mode="after")
+    def _something_to_photograph(self) -> SimulateConfig:
+        if self.max_things and self.max_things <= self.broken_pictures:
+            raise ValueError(
+                f"max_things {self.max_things} leaves no item with a picture to ask for: make it more than "
+                f"broken_pictures, {self.broken_pictures}"
+            )
+        return self

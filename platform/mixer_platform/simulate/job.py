@@ -69,9 +69,9 @@ def build(things: Sequence[Thing], config: SimulateConfig, destination: Path) ->
     listings = [_file("catalog", "webp", rng) for _ in things]
     broken = rng.choice(len(things), min(config.broken_pictures, len(things)), replace=False)
     # A new photo can only be found if the one listing that it shows has a picture.
-    asked = rng.permutation(np.setdiff1d(np.arange(len(things)), broken))[: config.val_photos]
+    pictured = rng.permutation(np.setdiff1d(np.arange(len(things)), broken))
     queries = _log_photos(len(things), config.photos_per_drawing, rng)
-    val = Photos(asked, np.arange(len(asked)) % len(STYLES), [_file("photos", "jpg", rng) for _ in asked])
+    val = _new_photos(pictured, config.val_photos, rng)
     item_ids = [f"item-{index:05d}" for index in range(len(things))]
     query_ids = [f"q-{index:06d}" for index in range(len(queries.image))]
 
@@ -103,7 +103,7 @@ def build(things: Sequence[Thing], config: SimulateConfig, destination: Path) ->
             "items": len(things),
             "items_without_description": catalogue["description"].null_count,
             "queries": len(query_ids),
-            "val": len(asked),
+            "val": len(val.image),
             "broken_pictures": spoiled,
             "logs": measured,
         }
@@ -133,6 +133,12 @@ def _log_photos(things: int, each: int, rng: np.random.Generator) -> Photos:
     thing, style, _ = np.indices((things, len(STYLES), each)).reshape(3, -1)
     order = rng.permutation(len(thing))  # so that a query's number tells nothing either
     return Photos(thing[order], style[order], [_file("photos", "jpg", rng) for _ in order])
+
+
+def _new_photos(things: Array, photos: int, rng: np.random.Generator) -> Photos:
+    turn, place = np.divmod(np.arange(photos), len(things))
+    style = (place + turn) % len(STYLES)  # another one each time that a thing has its turn
+    return Photos(things[place], style, [_file("photos", "jpg", rng) for _ in range(photos)])
 
 
 def _draw(
