@@ -45,7 +45,8 @@ def test_the_dependencies_are_the_projects(
 def test_it_has_what_the_launcher_and_kuberay_call() -> None:
     installed = re.search(r"apt-get install (.+?)&&", RECIPE)
     assert installed
-    assert {"rsync", "wget"} <= set(installed[1].split())  # the launcher's copies, KubeRay's probes
+    # The launcher's copies, its autoscaler's way to other nodes, KubeRay's probes.
+    assert {"rsync", "openssh-client", "wget"} <= set(installed[1].split())
     (environment,) = lines("ENV")
     assert "HOME=/home/mixer" in environment  # the launcher expands ~ by it
     assert "PYTHONPATH=/app:/app/platform" in environment
