@@ -6,7 +6,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 
-from mixer_platform.errors import InputError
+from mixer_platform.errors import InputError, MixerError, StorageError
 from mixer_platform.item_ids import hash_of
+from mixer_platform.rows import to_dicts
 from mixer_platform.schema import (
     NO_COLUMNS,
     Table,
@@ -37,6 +38,7 @@ IMAGE = "__image"  # the picture's absolute URI
 OTHERS = "__others"  # the columns that the contract does not know, as JSON: only quarantine needs them
 _LINES_TOGETHER = 8192
 _ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
+_OTHER_TABLES = (".parquet", ".json", ".csv", ".tsv", ".avro", ".orc", ".feather", ".arrow")  # anywhere in a name
 
 
 @dataclass(frozen=True)
@@ -146,18 +148,24 @@ def _read(files: InputFiles) -> ray.data.Dataset:
 
 
 def read_parquet(keys: pa.Table, storage: Storage) -> Iterator[pa.Table]:
-    """Yield the rows of Parquet files. Raises InputError for a file that is broken behind its footer."""
+    """Yield the rows of Parquet files.
+
+    Raises InputError for a file that is broken behind its footer, StorageError for one that cannot be read.
+    """
     for key in keys["key"].to_pylist():
         try:
             with pq.ParquetFile(storage.path(key), filesystem=storage.filesystem, pre_buffer=True) as file:
                 for batch in file.iter_batches():
                     yield pa.Table.from_batches([batch])
         except (pa.ArrowException, OSError) as error:
-            raise _not_whole(f"{storage.uri}/{key}", "Parquet file", error) from error
+            raise _unreadable(f"{storage.uri}/{key}", "Parquet file", error) from error
 
 
 def read_lines(keys: pa.Table, storage: Storage) -> Iterator[pa.Table]:
-    """Yield the lines of text files, binary and without empty ones. Raises InputError for a file that is cut off."""
+    """Yield the lines of text files, binary and without empty ones.
+
+    Raises InputError for a file that is cut off, StorageError for one that cannot be read.
+    """
     for key in keys["key"].to_pylist():
         try:
             with storage.filesystem.open_input_stream(storage.path(key)) as stream:  # unpacks .gz
@@ -165,7 +173,7 @@ def read_lines(keys: pa.Table, storage: Storage) -> Iterator[pa.Table]:
                 while some := list(itertools.islice(lines, _LINES_TOGETHER)):
                     yield pa.table({"line": pa.array(some, pa.binary())})
         except OSError as error:
-            raise _not_whole(f"{storage.uri}/{key}", "file", error) from error
+            raise _unreadable(f"{storage.uri}/{key}", "file", error) from error
 
 
 def mark_rows(  # type: ignore[no-untyped-def]
@@ -192,7 +200,7 @@ def mark_rows(  # type: ignore[no-untyped-def]
 
 
 def _row_as_json(batch: pa.Table, row: int) -> str:
-    return json.dumps(batch.slice(row, 1).to_pylist()[0], default=str)
+    return json.dumps(to_dicts(batch.slice(row, 1))[0], default=str)
 
 
 def unmarked(batch: pa.Table) -> pa.Table:
@@ -200,11 +208,23 @@ def unmarked(batch: pa.Table) -> pa.Table:
     return batch.drop_columns([name for name in (REASON, RAW, IMAGE, OTHERS) if name in batch.column_names])
 
 
+def in_one_order(batch: pa.Table, keys: Sequence[str]) -> pa.Table:
+    """Sort by `keys`, and rows that are equal in them by what else they say, whatever order they came in."""
+    said = [name for name in ("title", "description", IMAGE) if name in batch.column_names]
+    more = sorted(name for name in set(batch.column_names).difference(said, keys) if not name.startswith("__"))
+    more = [name for name in more if _has_order(batch.schema.field(name).type)]
+    return batch.sort_by([(name, "ascending") for name in (*keys, *said, *more)])
+
+
+def _has_order(kind: pa.DataType) -> bool:
+    return pa.types.is_primitive(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
 def _others(batch: pa.Table, table: Table) -> pa.Array:
     unknown = [name for name in batch.column_names if name not in table.columns.names]
     if not unknown:
         return pa.nulls(batch.num_rows, pa.string())
-    return pa.array([json.dumps(row, default=str) for row in batch.select(unknown).to_pylist()], pa.string())
+    return pa.array([json.dumps(row, default=str) for row in to_dicts(batch.select(unknown))], pa.string())
 
 
 def _parse_lines(batch: pa.Table, table: Table) -> tuple[pa.Table, pa.Table]:
@@ -241,10 +261,10 @@ def _parse_lines(batch: pa.Table, table: Table) -> tuple[pa.Table, pa.Table]:
 
 def _json_object(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))  # of bytes it would take surrogates
         if b"\\ud" in line.lower():  # half a surrogate pair parses, but is no text
             json.dumps(row, ensure_ascii=False).encode()
-    except ValueError:
+    except (ValueError, RecursionError):  # nested a thousand deep
         return None
     return row if isinstance(row, dict) else None
 
@@ -266,9 +286,20 @@ def _fits(value: Any, wanted: pa.DataType) -> bool:
 
 
 def _table_tags(storage: Storage, table: Table) -> dict[str, str]:
+    """Return the tags of a table's files, none if there are none. Raises InputError where some would go unread."""
     names = [f"{table.name}{ending}" for ending in _ENDINGS]
     single = {name: tag for name in names if (tag := storage.tag(name)) is not None}
-    return single or {key: tag for key, tag in storage.list(table.name).items() if key.endswith(_ENDINGS)}
+    listed = storage.list(table.name)  # pictures may lie there too
+    inside = {key: tag for key, tag in listed.items() if key.endswith(_ENDINGS)}
+    if single and inside:
+        raise InputError(f"{storage.uri}: holds both {next(iter(single))} and {next(iter(inside))}; keep one of them")
+    for key in listed if inside else ():
+        name = key.rpartition("/")[2].lower()
+        if key not in inside and not name.startswith("_") and any(other in name for other in _OTHER_TABLES):
+            raise InputError(
+                f"{storage.uri}/{key}: would not be read; make it one of {', '.join(_ENDINGS)}, or take it away"
+            )
+    return single or inside
 
 
 def _open_data(data: str) -> Storage:
@@ -296,11 +327,14 @@ def _footer(storage: Storage, key: str, table: Table) -> pa.Schema:
     try:
         footer = pq.read_schema(storage.path(key), filesystem=storage.filesystem)
     except (pa.ArrowInvalid, OSError) as error:
-        raise _not_whole(source, "Parquet file", error) from error
+        raise _unreadable(source, "Parquet file", error) from error
     check_schema(footer, table, source)
     return footer
 
 
-def _not_whole(source: str, kind: str, error: Exception) -> InputError:
+def _unreadable(source: str, kind: str, error: Exception) -> MixerError:
+    """Return what is wrong: the storage, which Arrow tells by a number or by AWS' name for it, or else the file."""
     reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+    if "AWS Error" in str(error) or getattr(error, "errno", None):
+        return StorageError(f"{source}: cannot be read ({reason})")
     return InputError(f"{source}: not a whole {kind} ({reason}); write it again")

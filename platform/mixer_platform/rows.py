@@ -1,4 +1,4 @@
-"""Rows of Arrow tables as a page shows them."""
+"""Rows of Arrow tables as Python values, as a page or a quarantine shows them."""
 
 from __future__ import annotations
 
@@ -36,6 +36,19 @@ class RowReader:
             except (OverflowError, ValueError):
                 pass
         return [{name: value(number) for name, value in readers.items()} for number in numbers]
+
+
+def to_dicts(table: pa.Table) -> list[dict[str, Any]]:
+    """Return rows as `to_pylist` does, but for times that Python does not have: see `RowReader.read`."""
+    columns = [_values(column) for column in table.columns]
+    return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _values(column: pa.ChunkedArray) -> list[Any]:
+    try:
+        return list(column.to_pylist())
+    except (OverflowError, ValueError):
+        return [_value(scalar) for scalar in column]
 
 
 def _reader(table: pa.Table, field: pa.Field) -> Callable[[int], Any]:

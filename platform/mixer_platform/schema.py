@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -87,6 +88,8 @@ OWN = "__"
 def check_schema(found: pa.Schema, table: Table, source: str) -> None:
     """Raise InputError unless `found`, the schema of the file `source`, has the columns of `table`."""
     check_attributes(found.names, table, source)
+    if twice := [name for name, count in Counter(found.names).items() if count > 1]:
+        raise InputError(f"{source}: has {len(found.names)} columns, {twice[0]} twice or more; rename or drop one")
     for field in found:
         if _runs_python(field.type):
             raise InputError(

@@ -128,7 +128,7 @@ class LocalStorage:
         return max((stat.st_mtime for _, stat in self._files(prefix)), default=None)
 
     def list(self, prefix: str) -> dict[str, str]:
-        visible = [(path, stat) for path, stat in self._files(prefix) if not path.name.startswith(".")]
+        visible = [(path, stat) for path, stat in self._files(prefix, links=True) if not path.name.startswith(".")]
         return {str(path.relative_to(self.root)): _tag_of(stat) for path, stat in sorted(visible)}
 
     def folders(self, prefix: str) -> Sequence[str]:
@@ -139,7 +139,10 @@ class LocalStorage:
     def tag(self, key: str) -> str | None:
         path = self.root / key
         with local_errors(str(path)):
-            return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+            if not path.is_file():
+                return None
+            with path.open("rb") as file:  # of any size
+                return hashlib.file_digest(file, "sha256").hexdigest()
 
     def publish(self, key: str, data: bytes, replaces: str | None) -> None:
         with local_errors(self.path(key)), self._locked(key), staged(self.root / key) as file:
@@ -149,28 +152,37 @@ class LocalStorage:
 
     def delete(self, prefix: str) -> None:
         with local_errors(self.path(prefix)):
-            for key in self.list(prefix):
-                (self.root / key).unlink(missing_ok=True)
+            for path, _ in self._files(prefix):
+                if not path.name.startswith("."):
+                    path.unlink(missing_ok=True)
         # What is left is nobody's: locks, what a killed run had staged, and folders.
         for path in sorted((self.root / prefix).rglob("*"), reverse=True):
             with suppress(OSError):
-                path.rmdir() if path.is_dir() else path.unlink()
+                path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         with suppress(OSError):
             (self.root / prefix).rmdir()
 
-    def _files(self, prefix: str) -> Iterator[tuple[Path, os.stat_result]]:
-        """Yield every file below a folder, none if there is no such folder; what goes meanwhile is passed over."""
+    def _files(self, prefix: str, links: bool = False) -> Iterator[tuple[Path, os.stat_result]]:
+        """Yield every file below a folder, none if there is no such folder; what goes meanwhile is passed over.
+
+        With `links` also what lies behind links to folders, and a link to nothing is an error.
+        """
 
         def failed(error: OSError) -> None:
             if error.errno not in _GONE:
                 raise error
 
         with local_errors(self.path(prefix)):
-            for folder, _, names in os.walk(self.root / prefix, onerror=failed):
+            for folder, _, names in os.walk(self.root / prefix, onerror=failed, followlinks=links):
                 for name in names:
                     path = Path(folder, name)
-                    with suppress(FileNotFoundError):  # it was being written, and now has its name
-                        yield path, path.stat()
+                    try:
+                        stat = path.stat()
+                    except FileNotFoundError as error:  # it was being written, and now has its name
+                        if links and path.is_symlink():
+                            raise MissingError(f"{path}: a link to what is not there; mend or remove it") from error
+                        continue
+                    yield path, stat
 
     @contextmanager
     def _locked(self, key: str) -> Iterator[None]:

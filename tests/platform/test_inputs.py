@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mixer_platform.errors import InputError
+from mixer_platform.errors import InputError, MissingError, StorageError
 from mixer_platform.inputs import (
     IMAGE,
     OTHERS,
     RAW,
     REASON,
+    _unreadable,
     count_rows,
     find_file,
     find_input,
+    in_one_order,
     mark_rows,
     pictures_tag,
     read_input,
@@ -104,6 +107,7 @@ def test_mixed_endings(tmp_path: Path) -> None:
     write_queries(tmp_path / "queries/a.parquet")
     write_queries(tmp_path / "queries/b.jsonl")
     assert said(tmp_path) == "DATA/queries: mixes .jsonl and .parquet; keep one kind of file a table"
+    shutil.rmtree(tmp_path / "queries")
     write_queries(tmp_path / "queries.jsonl")
     write_queries(tmp_path / "queries.jsonl.gz")
     assert said(tmp_path) == "DATA/queries: mixes .jsonl and .jsonl.gz; keep one kind of file a table"
@@ -275,3 +279,65 @@ def test_a_changed_picture_is_noticed_and_another_file_is_not(tmp_path: Path) ->
     assert changed != tag
     (tmp_path / "none.png").write_bytes(b"picture")
     assert pictures_tag(find_input(str(tmp_path), QUERIES)) not in (tag, changed)
+
+
+def test_no_file_of_a_table_is_passed_over(tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries/a.parquet")
+    (tmp_path / "queries/_SUCCESS").touch()
+    (tmp_path / "queries/_metadata.json").touch()
+    (tmp_path / "queries/photo.jpg").touch()
+    assert list(find_input(str(tmp_path), QUERIES).tags) == ["queries/a.parquet"]
+    for name in ("b.parquet.gz", "b.PARQUET", "b.json", "b.jsonl.zst", "b.csv"):
+        (tmp_path / "queries" / name).touch()
+        told = f"DATA/queries/{name}: would not be read; make it one of .parquet, .jsonl, .jsonl.gz, or take it away"
+        assert said(tmp_path) == told
+        (tmp_path / "queries" / name).unlink()
+    write_queries(tmp_path / "queries.parquet")
+    assert said(tmp_path) == "DATA: holds both queries.parquet and queries/a.parquet; keep one of them"
+    (tmp_path / "queries/a.parquet").unlink()
+    assert list(find_input(str(tmp_path), QUERIES).tags) == ["queries.parquet"], "a folder of pictures is no table"
+
+
+def test_links_are_followed_and_one_to_nothing_is_named(tmp_path: Path) -> None:
+    write_queries(tmp_path / "elsewhere/b.parquet")
+    (tmp_path / "data/queries").mkdir(parents=True)
+    (tmp_path / "data/queries/more").symlink_to(tmp_path / "elsewhere")
+    data = tmp_path / "data"
+    assert list(find_input(str(data), QUERIES).tags) == ["queries/more/b.parquet"]
+    (data / "queries/c.parquet").symlink_to(tmp_path / "gone")
+    with pytest.raises(MissingError, match=r"queries/c\.parquet: a link to what is not there; mend or remove it"):
+        find_input(str(data), QUERIES)
+
+
+def test_storage_that_does_not_answer_is_no_broken_file(tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries.parquet")
+    away = OSError("When reading information for key 'a': AWS Error NETWORK_CONNECTION during HeadObject operation")
+    for error in (away, PermissionError(13, "Permission denied")):
+        told = _unreadable("s3://b/a", "Parquet file", error)
+        assert isinstance(told, StorageError)
+        assert str(told).startswith("s3://b/a: cannot be read (")
+    assert isinstance(_unreadable("s3://b/a", "file", OSError("Truncated compressed stream")), InputError)
+
+
+def test_what_json_may_not_hold_is_a_broken_row() -> None:
+    surrogates = b'{"query_id": "\xed\xa0\xbd\xed\xb8\x80", "image": "x"}'  # an emoji as Java writes it
+    deep = b'{"query_id": ' + b"[" * 100_000
+    marked_bom = b'\xef\xbb\xbf{"query_id": "q", "image": "x"}'
+    encoded = pa.table({"line": pa.array([surrogates, deep, marked_bom], pa.binary())})
+    rows = mark_rows(encoded, QUERIES, "/d", lambda batch: parse_lines(batch, QUERIES)).to_pylist()
+    assert [row[REASON] for row in rows] == ["not a JSON object", "not a JSON object", None]
+
+
+def test_a_time_that_python_does_not_have_stops_nothing() -> None:
+    far = pa.array([2**62, 0], pa.timestamp("us", "UTC"))
+    rows = mark_rows(pa.table({"query_id": [None, "q"], "image": ["x", "y"], "asked": far}), QUERIES, "/d").to_pylist()
+    assert json.loads(rows[0][RAW])["asked"] == json.loads(rows[0][OTHERS])["asked"] == str(2**62)
+    assert json.loads(rows[1][OTHERS])["asked"].startswith("1970-01-01")
+
+
+def test_equal_keys_have_one_order_whatever_order_they_came_in() -> None:
+    rows = [{"item_id": "a", "title": title, "price": price} for title in ("x", "y") for price in (1, 2, None)]
+    whole = [row | {"sizes": [1]} for row in rows]
+    ordered = in_one_order(pa.Table.from_pylist(whole), ["item_id"]).to_pylist()
+    assert ordered == whole
+    assert in_one_order(pa.Table.from_pylist(whole[::-1]), ["item_id"]).to_pylist() == whole

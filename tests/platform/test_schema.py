@@ -171,3 +171,9 @@ def test_a_number_that_the_common_type_cannot_hold_is_refused() -> None:
     batch = pa.table({"item_id": ["a"], "x": [2**53 + 1]})
     with pytest.raises(InputError, match=r"^items: column x is double in other files, and here .*9007199254740993"):
         conform(batch, ITEMS, pa.schema([("x", pa.float64())]))
+
+
+def test_a_column_that_is_there_twice_is_named() -> None:
+    twice = pa.schema([("item_id", pa.string()), ("price", pa.int64()), ("price", pa.int64())])
+    with pytest.raises(InputError, match="f: has 3 columns, price twice or more; rename or drop one"):
+        check_schema(twice, ITEMS, "f")

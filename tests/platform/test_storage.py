@@ -78,6 +78,18 @@ def test_delete_takes_a_folder_and_nothing_beside_it(storage: Storage) -> None:
     assert storage.tag("a/1") is None
 
 
+def test_what_a_link_leads_to_is_listed_and_not_deleted(tmp_path: Path) -> None:
+    storage = LocalStorage(str(tmp_path / "root"))
+    storage.write("a/1", b"")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/2").touch()
+    (tmp_path / "root/a/more").symlink_to(tmp_path / "elsewhere")
+    assert list(storage.list("a")) == ["a/1", "a/more/2"]
+    storage.delete("a")
+    assert (tmp_path / "elsewhere/2").exists()
+    assert not (tmp_path / "root/a").exists()
+
+
 def test_a_missing_key_is_one_sentence_with_its_address(storage: Storage) -> None:
     with pytest.raises(StorageError) as error:
         storage.read("no/such")

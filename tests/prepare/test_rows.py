@@ -117,3 +117,17 @@ def test_quarantine_shows_the_row_and_samples_the_picture() -> None:
     batch = marked([None, "x"], image=["p/a", "p/b"], **{IMAGE: ["/d/p/a", "/d/p/b"], OTHERS: [None, '{"lens": 3}']})
     assert rows.sound(batch).to_pylist() == [{"image": "/d/p/a"}]
     assert json.loads(rows.quarantined(batch, "queries")["raw"][0].as_py()) == {"image": "p/b", "lens": 3}
+
+
+def test_of_repeated_items_the_same_one_stays_whatever_order_they_came_in() -> None:
+    given = marked([None, None, None], item_id=["a", "a", "a"], title=["new", "old", "new"], price=[2, 1, 1])
+    for order in itertools.permutations(range(3)):
+        found = rows.mark_repeats(given.take(list(order)), "item_id").to_pylist()
+        (kept,) = [row for row in found if row[REASON] is None]
+        assert (kept["title"], kept["price"]) == ("new", 1)
+
+
+def test_quarantine_takes_times_that_python_does_not_have() -> None:
+    bad = marked(["broken"], item_id=["a"], added=pa.array([2**62], pa.timestamp("us")))
+    (row,) = rows.quarantined(bad, "items").to_pylist()
+    assert json.loads(row["raw"])["added"] == str(2**62)

@@ -32,7 +32,7 @@ from mixer_platform.index.embeddings import (
     vectors,
     write_part,
 )
-from mixer_platform.inputs import IMAGE, REASON, unmarked
+from mixer_platform.inputs import IMAGE, REASON, in_one_order, unmarked
 from mixer_platform.item_ids import assign_ids, span
 from mixer_platform.storage import open_storage, read_uri
 
@@ -212,8 +212,7 @@ def content_fingerprint(picture: bytes | None, text: str | None, model: str) -> 
 
 def first_of_each(rows: pa.Table) -> pa.Table:
     """Keep one row of each item_id, the same one whatever the order; prepare's quarantine names the others."""
-    keys = [name for name in ("item_id", DELETED_ROW, "title", "description", IMAGE) if name in rows.column_names]
-    rows = rows.sort_by([(name, "ascending") for name in keys])
+    rows = in_one_order(rows, [name for name in ("item_id", DELETED_ROW) if name in rows.column_names])
     names = [rows["item_id"], rows[DELETED_ROW]] if DELETED_ROW in rows.column_names else [rows["item_id"]]
     codes = [pc.dictionary_encode(column).combine_chunks().indices.to_numpy() for column in names]
     changes = [np.diff(code, prepend=-1) != 0 for code in codes]

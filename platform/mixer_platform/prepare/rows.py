@@ -12,17 +12,21 @@ import pyarrow.compute as pc
 
 from mixer.images import UnreadableImage, decode
 from mixer_platform.errors import MissingError
-from mixer_platform.inputs import IMAGE, OTHERS, RAW, REASON, unmarked
+from mixer_platform.inputs import IMAGE, OTHERS, RAW, REASON, in_one_order, unmarked
+from mixer_platform.rows import to_dicts
 from mixer_platform.storage import read_uri
 
+_FIRST = "__first"  # what rows of a key are sorted by
 QUARANTINE = pa.schema([("table", pa.string()), ("reason", pa.string()), ("raw", pa.string())])
 
 
 def mark_repeats(batch: pa.Table, key: str) -> pa.Table:
-    """Mark every sound row whose `key` an earlier sound row of the batch has. All rows of a key must be in it."""
+    """Mark all but one of the sound rows with the same `key`. All rows of a key must be in the batch.
+
+    The one is the index's, and the same one in whatever order they come.
+    """
     reasons = pc.fill_null(pc.cast(batch[REASON], pa.string()), "")  # sound rows first, so that one stays
-    keyed = pa.table({"key": batch[key], "reason": reasons})
-    ordered = batch.take(pc.sort_indices(keyed, [("key", "ascending"), ("reason", "ascending")]))
+    ordered = in_one_order(batch.append_column(_FIRST, reasons), [key, _FIRST]).drop_columns(_FIRST)
     codes = pc.dictionary_encode(ordered[key], null_encoding="encode").combine_chunks().indices.to_numpy()
     again = np.diff(codes, prepend=-1) == 0
     return mark(ordered, pa.array(again), f"{key} is repeated")
@@ -73,7 +77,7 @@ def quarantined(batch: pa.Table, table: str) -> pa.Table:
     """Return the marked rows as QUARANTINE; a row that came with no raw text is written from its columns."""
     bad = batch.filter(pc.is_valid(batch[REASON]))
     others = bad[OTHERS].to_pylist() if OTHERS in bad.column_names else [None] * len(bad)
-    given = zip(bad[RAW].to_pylist(), unmarked(bad).to_pylist(), others, strict=True)
+    given = zip(bad[RAW].to_pylist(), to_dicts(unmarked(bad)), others, strict=True)
     raw = [text or json.dumps(row | json.loads(more or "{}"), default=str) for text, row, more in given]
     columns = [pa.array([table] * len(raw), pa.string()), pc.cast(bad[REASON], pa.string()), pa.array(raw, pa.string())]
     return pa.table(columns, schema=QUARANTINE)
