@@ -260,7 +260,8 @@ def believed(bench: Bench, towers: Towers, head: ShardedMarginSoftmax, targets: 
     photos, items = torch.arange(bench.photos), torch.arange(bench.photos, len(bench.everything))
     views = [towers.query(bench.samples.photos[:, view].float()) for view in range(train.views)]
     found = head.likeliest(F.normalize(torch.stack(views).mean(dim=0), dim=1), targets[photos], train.candidates)
-    return concatenate([from_belief(*found, train.least_belief, targets.weights[photos]), targets[items]])
+    beliefs = from_belief(*found, train.least_belief, targets.weights[photos], head.classes)
+    return concatenate([beliefs, targets[items]])
 
 
 def arcface(bench: Bench, seed: int) -> Towers:

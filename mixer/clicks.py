@@ -20,7 +20,8 @@ COUNTS = pa.schema(
         ("position", pa.int32()),
         ("impressions", pa.int64()),
         ("clicks", pa.int64()),
-        ("purchases", pa.int64()),  # carts counted in
+        ("carts", pa.int64()),
+        ("purchases", pa.int64()),
         ("dwells", pa.int64()),  # clicks of which the dwell time is known
         ("log_dwell", pa.float64()),  # sum of ln(dwell_ms)
         ("log_dwell_squared", pa.float64()),  # sum of ln(dwell_ms)^2
@@ -246,5 +247,5 @@ def _log_likelihood(events: _Events, behaviour: Behaviour, examined: np.ndarray)
 
 
 def _purchases(events: _Events) -> np.ndarray:
-    """A cart and a purchase after one click count once."""
-    return np.minimum(events.sums["purchases"], events.sums["clicks"])
+    """Return of how many clicks something came, [pairs]: what is put into the cart and then bought is one."""
+    return np.minimum(np.maximum(events.sums["carts"], events.sums["purchases"]), events.sums["clicks"])

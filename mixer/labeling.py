@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from mixer.clicks import COUNTS, ClickModel, begins, evidence, fit_click_model
 from mixer.multicut import greedy_multicut
 
+_ROWS_TOGETHER = 50_000  # of photos and items
 _MOST_PAIRS = 1_000_000  # of items, that teach what titles are worth
 _EM_ROUNDS = 200
 _SURE_SHOWN = 0.99
@@ -83,9 +85,9 @@ PAIR = ("left", "right")
 def with_lost_clicks(counts: pa.Table) -> pa.Table:
     """Return COUNTS with as many clicks as there must have been: a shop may log what is bought, and lose clicks.
 
-    A cart and its purchase are two of "purchases" and take one click.
+    A cart and its purchase take one click.
     """
-    clicks = pc.max_element_wise(counts["clicks"], pc.divide(pc.add(counts["purchases"], 1), 2))
+    clicks = pc.max_element_wise(counts["clicks"], counts["carts"], counts["purchases"])
     return counts.set_column(counts.column_names.index("clicks"), "clicks", clicks)
 
 
@@ -96,21 +98,41 @@ def same_thing_evidence(pairs: pa.Table, share: float, trust: float) -> pa.Table
     which both were shown speak, so that items are not apart because the engine showed them apart.
 
     Args:
-        pairs: query_id, item_id, evidence.
+        pairs: query_id, item_id, evidence, all rows of a photo together.
         share: how likely an item that is shown is wanted.
         trust: evidence is cut to -trust ... trust, for the model's errors grow with the number of events.
     """
+    item_ids = pc.unique(pairs["item_id"])
+    item_ids = item_ids.take(pc.sort_indices(item_ids))
+    coded = pa.table(
+        {
+            "photo": pa.array(np.cumsum(begins(pairs["query_id"]))),
+            "item": pc.index_in(pairs["item_id"], item_ids),  # numbered in the order of the ids
+            "evidence": pairs["evidence"],
+        }
+    )
+    first = np.flatnonzero(begins(pairs["query_id"]))  # some photos at a time: their pairs are many times as many
+    starts = first[np.flatnonzero(np.diff(first // _ROWS_TOGETHER, prepend=-1))]
+    parts = [_same_thing(coded.slice(a, b - a), share) for a, b in pairwise([*starts, len(coded)])]
+    summed = _summed(pa.concat_tables([_same_thing(coded.slice(0, 0), share), *parts]), "evidence", -trust, trust)
+    for at, name in enumerate(PAIR):
+        summed = summed.set_column(at, name, item_ids.take(summed[name]))
+    return summed
+
+
+def _same_thing(pairs: pa.Table, share: float) -> pa.Table:
+    """Return left, right, evidence of photo, item, evidence; the pairs of all that a photo was shown must be there."""
     share = min(share, 0.4)
     wanted = pairs.filter(pc.greater(pairs["evidence"], 0))  # where neither is wanted, nothing is said
-    both = wanted.join(pairs, "query_id", join_type="inner", right_suffix="_right")
-    one, other = both["item_id"], both["item_id_right"]
+    both = wanted.join(pairs, "photo", join_type="inner", right_suffix="_right")
+    one, other = both["item"], both["item_right"]
     # A pair of which both are wanted comes twice: keep one.
     once = pc.or_(pc.less(one, other), pc.and_(pc.not_equal(one, other), pc.less_equal(both["evidence_right"], 0)))
     both = both.filter(once)
     a, b = both["evidence"].to_numpy(), both["evidence_right"].to_numpy()
     together = np.logaddexp(np.log(share) + a + b, np.log1p(-share))
     apart = np.logaddexp(np.logaddexp(np.log(share) + a, np.log(share) + b), np.log1p(-2 * share))
-    one, other = both["item_id"], both["item_id_right"]
+    one, other = both["item"], both["item_right"]
     table = pa.table(
         {
             "left": pc.min_element_wise(one, other),
@@ -118,7 +140,7 @@ def same_thing_evidence(pairs: pa.Table, share: float, trust: float) -> pa.Table
             "evidence": pa.array(together - apart),
         }
     )
-    return _summed(table, "evidence", -trust, trust)
+    return _summed(table, "evidence", -np.inf, np.inf)
 
 
 def title_similarity(items: pa.Table, common: int) -> pa.Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -147,9 +148,13 @@ def _trust(targets: Targets, classes: int, index: Tensor, weight: Tensor) -> flo
     return float((counted * (labels[:, None] == labels[index])).sum() / (counted.sum() + 1))
 
 
-def from_belief(classes: Tensor, belief: Tensor, floor: float, weights: Tensor) -> Targets:
-    """Return the targets that a belief makes: ln P(class), [n, k], of the likeliest classes; none is below `floor`."""
-    return Targets(classes, belief.clamp_min(floor), torch.full((len(belief),), floor), weights)
+def from_belief(classes: Tensor, belief: Tensor, rest: float, weights: Tensor, total: int) -> Targets:
+    """Return the targets that a belief makes: ln P(class), [n, k], of the likeliest of `total` classes.
+
+    `rest` is ln of what all others are believed together, each as much, however many there are; no class is less.
+    """
+    least = rest - math.log(max(1, total - classes.shape[1]))
+    return Targets(classes, belief.clamp_min(least), torch.full((len(belief),), least), weights)
 
 
 def _strongest(classes: Tensor, values: Tensor, width: int) -> tuple[Tensor, Tensor]:

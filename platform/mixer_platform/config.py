@@ -98,7 +98,7 @@ class TrainConfig(Section):
     )
     neighbours: int = Field(10, ge=0, description="visual neighbours whose evidence a photo shares; 0: none")
     candidates: int = Field(32, ge=1, description="classes that a round keeps for each photo, the likeliest first")
-    least_belief: float = Field(-6.0, lt=0, description="ln of the least probability a round believes of any class")
+    least_belief: float = Field(-6.0, lt=0, description="ln of what a round believes of all unlikely classes together")
     views: int = Field(1, ge=1, description="cached augmented views of a picture")
     tower_lr: float = Field(1e-3, gt=0)
     classifier_lr: float = Field(1e-2, gt=0)

@@ -51,7 +51,7 @@ def drawn_counts(count: int, share: float, seed: int = 0, dwell: bool = True, bo
         times = rng.normal(behaviour.dwell_mean, behaviour.dwell_deviation, clicks if dwell else 0)
         purchases = rng.binomial(clicks, behaviour.bought) if bought else 0
         rows.append(
-            (f"q{pair:05}", "i", 0, views, clicks, purchases, len(times), float(times.sum()), float(times @ times))
+            (f"q{pair:05}", "i", 0, views, clicks, 0, purchases, len(times), float(times.sum()), float(times @ times))
         )
     return counts_of(rows), wanted
 
@@ -178,7 +178,7 @@ MODEL = ClickModel(WANTED, UNWANTED, 0.1, examined=np.array([1.0, 0.5, 0.25]), s
 
 
 def test_evidence_by_hand() -> None:
-    rows = [("p", "i", 0, 3, 1, 2, 1, 9.0, 81.0), ("p", "i", 1, 2, 1, 1), ("p", "j", 1, 0, 3), ("q", "i", 2, 10, 0)]
+    rows = [("p", "i", 0, 3, 1, 1, 2, 1, 9.0, 81.0), ("p", "i", 1, 2, 1, 1), ("p", "j", 1, 0, 3), ("q", "i", 2, 10, 0)]
     found = evidence(counts_of(rows), MODEL).to_pylist()
 
     def log_likelihood(behaviour: Behaviour) -> float:
@@ -194,6 +194,14 @@ def test_evidence_by_hand() -> None:
     assert found[1]["evidence"] == pytest.approx(clicks, rel=1e-9)
     assert found[2]["evidence"] == pytest.approx(10 * math.log(0.9 / 0.9875)), "looks without a click speak against"
     assert [row["standing"] for row in found] == [1.5, 0.0, -2.0], "at the mean of the positions, here 0.4, 1 and 2"
+
+
+def test_what_is_put_into_the_cart_and_then_bought_is_one_click_s() -> None:
+    rows = [("p", "i", 0, 5, 5, 1, 1), ("q", "i", 0, 5, 5, 0, 1), ("r", "i", 0, 5, 5, 1, 0), ("s", "i", 0, 5, 5, 2, 1)]
+    found = evidence(counts_of(rows), MODEL)["evidence"].to_pylist()
+    assert found[0] == found[1] == found[2]
+    bought = math.log(WANTED.bought / UNWANTED.bought) - math.log((1 - WANTED.bought) / (1 - UNWANTED.bought))
+    assert found[3] - found[0] == pytest.approx(bought)
 
 
 def test_both_behaviours_are_recovered() -> None:

@@ -171,13 +171,13 @@ def test_what_was_clicked_is_kept_however_much_was_passed_over() -> None:
 
 
 def test_what_was_bought_was_clicked_whether_or_not_that_is_logged() -> None:
-    def counts(clicks: int, purchases: int) -> pa.Table:
+    def counts(clicks: int, carts: int, purchases: int) -> pa.Table:
         row = {"query_id": "p", "item_id": "i", "position": 0, "impressions": 3, "clicks": clicks, "dwells": 0}
-        row |= {"purchases": purchases, "log_dwell": 0.0, "log_dwell_squared": 0.0}
+        row |= {"carts": carts, "purchases": purchases, "log_dwell": 0.0, "log_dwell_squared": 0.0}
         return pa.Table.from_pylist([row], COUNTS)
 
-    for clicks, purchases, found in ((0, 0, 0), (0, 1, 1), (0, 2, 1), (0, 3, 2), (1, 2, 1), (5, 2, 5)):
-        assert with_lost_clicks(counts(clicks, purchases)).to_pylist() == counts(found, purchases).to_pylist()
+    for clicks, *bought, found in ((0, 0, 0, 0), (0, 0, 2, 2), (0, 1, 1, 1), (0, 2, 1, 2), (1, 1, 1, 1), (5, 0, 2, 5)):
+        assert with_lost_clicks(counts(clicks, *bought)).to_pylist() == counts(found, *bought).to_pylist()
 
 
 def test_evidence_of_any_size_is_no_crash() -> None:

@@ -58,10 +58,13 @@ def test_joined_targets_stay_what_they_are() -> None:
     torch.testing.assert_close(joined[rows].over(range(6)), expected[rows])
 
 
-def test_a_belief_names_the_likeliest_and_no_class_goes_below_the_floor() -> None:
+@pytest.mark.parametrize("total", [5, 10_000_000])
+def test_a_belief_in_a_class_is_the_same_however_many_others_there_are(total: int) -> None:
     classes, belief = torch.tensor([[4, 0]]), torch.tensor([[-0.01, -40.0]])
-    targets = from_belief(classes, belief, -6.0, torch.ones(1))
-    assert targets.over(range(5))[0].tolist() == pytest.approx([-6, -6, -6, -6, -0.01])
+    targets = from_belief(classes, belief, -6.0, torch.ones(1), total)
+    least = -6 - math.log(total - 2)
+    assert targets.over(range(5))[0].tolist() == pytest.approx([least, least, least, least, -0.01])
+    assert float(targets.confidence(total)) == pytest.approx(0.99, abs=0.01)
 
 
 def naive_pooled(features: Tensor, targets: Targets, neighbours: int, strength: float) -> list[list[float]]:

@@ -17,7 +17,7 @@ from ray.data.aggregate import Sum
 
 from mixer.clicks import COUNTS
 from mixer.embedder import item_text
-from mixer.labeling import Labels, organise
+from mixer.labeling import Labels, organise, with_lost_clicks
 from mixer_platform import versions
 from mixer_platform.config import RunConfig
 from mixer_platform.errors import InputError
@@ -41,7 +41,7 @@ SAMPLES = pa.schema(
         ("unseen", pa.float32()),  # nats of every other class
     ]
 )
-_FORM = 3  # of what labels say; samples of another form are not taken again
+_FORM = 4  # of what labels say; samples of another form are not taken again
 _REPORTED = 50  # positions, of thousands that logs may have
 _log = logging.getLogger(__name__)
 
@@ -142,13 +142,17 @@ def organise_logs(logs: Dataset, items: Dataset, config: RunConfig) -> Labels:
     keys = ["query_id", "item_id", "position"]
     sums = counted.groupby(keys).aggregate(*(Sum(name, alias_name=name) for name in COUNTS.names[len(keys) :]))
     counts = _collect(sums, COUNTS)
-    if not pc.sum(counts["clicks"]).as_py():
+    if not pc.sum(with_lost_clicks(counts)["clicks"]).as_py():
         raise InputError(f"{config.data}/logs: no usable click, mend the logs ({most_frequent(logs)})")
-    titles = [rows.sound(batch).select(_TITLES.names).cast(_TITLES) for batch in _batches(items)]
+    titles = [batch.cast(_TITLES) for batch in _batches(items.map_batches(_titles, **_ARROW))]
     return organise(counts, pa.concat_tables(titles), config.prepare.labeling)
 
 
 _TITLES = pa.schema([("item_id", pa.string()), ("title", pa.string())])
+
+
+def _titles(batch: pa.Table) -> pa.Table:
+    return rows.sound(batch).select(_TITLES.names)
 
 
 def count_events(batch: pa.Table) -> pa.Table:
@@ -161,7 +165,8 @@ def count_events(batch: pa.Table) -> pa.Table:
     measures = {
         "impressions": pc.equal(batch["event"], "impression"),
         "clicks": clicked,
-        "purchases": pc.is_in(batch["event"], pa.array(["add_to_cart", "purchase"])),
+        "carts": pc.equal(batch["event"], "add_to_cart"),
+        "purchases": pc.equal(batch["event"], "purchase"),
         "dwells": timed,
         "log_dwell": log_dwell,
         "log_dwell_squared": pc.power(log_dwell, 2),
@@ -223,10 +228,16 @@ def _write_quarantine(tables: dict[str, Dataset], storage: Storage, folder: str)
     if bad.count():
         bad.write_parquet(storage.path(f"{folder}/quarantine"), filesystem=storage.filesystem)
     reasons: collections.Counter[tuple[str, str]] = collections.Counter()
-    for batch in _batches(bad):
-        reasons.update(zip(batch["table"].to_pylist(), batch["reason"].to_pylist(), strict=True))
+    for batch in _batches(bad.map_batches(_count_reasons, **_ARROW)):
+        for owner, reason, count in zip(*batch.to_pydict().values(), strict=True):
+            reasons[owner, reason] += count
     ordered = sorted(reasons.items())
     return {name: {reason: count for (owner, reason), count in ordered if owner == name} for name in tables}
+
+
+def _count_reasons(batch: pa.Table) -> pa.Table:
+    counts = batch.group_by(["table", "reason"]).aggregate([([], "count_all")])
+    return counts.select(["table", "reason", "count_all"])
 
 
 def _batches(table: Dataset) -> list[pa.Table]:

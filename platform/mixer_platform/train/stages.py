@@ -197,7 +197,7 @@ def relabelled(trainer: HybridTrainer, samples: Samples, config: TrainConfig, de
         classes.append(found[0].cpu())
         belief.append(found[1].cpu())
     weights = samples.targets.weights[:count]
-    believed = from_belief(torch.cat(classes), torch.cat(belief), config.least_belief, weights)
+    believed = from_belief(torch.cat(classes), torch.cat(belief), config.least_belief, weights, head.classes)
     return concatenate([believed, samples.targets[items]])
 
 
