@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ray._private.runtime_env.packaging import _dir_travel
 
-from mixer_platform.demo.cluster import MARK, _past_proxies, processes, progress, telling
-from mixer_platform.demo.job import read_questions, table
+from mixer_platform.demo.cluster import MARK, ROOT, _past_proxies, processes, progress, telling
+from mixer_platform.demo.job import main, read_questions, table
 from mixer_platform.demo.memory import PeakMemory, proportional_kib
 
 
@@ -83,8 +85,31 @@ def test_both_spellings_of_no_proxy_are_kept(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_table_holds_quality_stages_and_latency() -> None:
     figures = {"r1": 0.5, "r5": 0.75, "r10": 0.875, "queries": 1234, "items": 99, "untrained": {}}
     figures["untrained"] = {"r1": 0.25, "r5": 0.3, "r10": 0.4}
-    text = table(figures, {"prepare": 1.5, "train": 2.0}, {"prepare": {"reused": True}}, 12.34, 50)
+    seconds, reports = {"prepare": 1.5, "train": 2.0}, {"prepare": {"reused": True}}
+    text = table(figures, (1, 5, 10), seconds, reports, 12.34, 50)
     assert "R@1                            0.250       0.500" in text
     assert "1.5 s   (was there already)" in text
     assert "2.0 s" in text
     assert "12.3 ms" in text
+    del figures["untrained"]
+    assert "R@5                                -       0.750" in table(figures, (5,), seconds, reports, 12.34, 50)
+
+
+def test_what_travels_with_a_job_is_the_code(tmp_path: Path) -> None:
+    """By what Ray itself does with .rayignore: a shop's photos in this folder stay where they are."""
+    for name in ("mixer/a.py", "platform/b.js", "jobs/configs/c.yaml", "own.yaml", "shop/logs.parquet", "x.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / ".rayignore", tmp_path)
+    sent: list[Path] = []
+    _dir_travel(tmp_path, [], sent.append, include_gitignore=True)
+    files = {str(path.relative_to(tmp_path)) for path in sent if path.is_file()}
+    assert files == {"mixer/a.py", "platform/b.js", "jobs/configs/c.yaml", "own.yaml"}
+
+
+def test_the_demo_names_its_own_arguments(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo.py", "train.epochs=1", "--queries", "5", "workspace=w"])
+    with pytest.raises(SystemExit) as error:
+        main(None)
+    assert error.value.code == 2
+    assert capsys.readouterr().err == "error: workspace=w: the demo takes a folder as --workspace w\n"

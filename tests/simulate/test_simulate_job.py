@@ -155,7 +155,7 @@ def test_a_folder_with_anything_else_is_left_alone(made, tmp_path):
         simulate(SimulateConfig(seed=9), folder, tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear to me")
-    with pytest.raises(InputError, match="mine: holds"):
+    with pytest.raises(InputError, match="mine: holds data that simulate did not make; name another folder"):
         simulate(CONFIG, tmp_path / "mine", tmp_path)
 
 

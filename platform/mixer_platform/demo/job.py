@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import signal
 import sys
 import time
-import urllib.request
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,10 +19,11 @@ from mixer_platform.cli import fail
 from mixer_platform.config import load_config
 from mixer_platform.demo.cluster import ROOT, LocalCluster, processes
 from mixer_platform.demo.memory import PeakMemory
-from mixer_platform.errors import MixerError
+from mixer_platform.errors import ConfigError, MixerError
 from mixer_platform.evaluate.contact_sheet import Found, draw_sheet
 from mixer_platform.evaluate.job import find_truth
-from mixer_platform.loopback import open_url
+from mixer_platform.serve.client import Client, MixerHttpError
+from mixer_platform.serve.schemas import Item, SearchReply
 from mixer_platform.simulate.emoji import fetch
 from mixer_platform.simulate.job import drawings_beside
 from mixer_platform.storage import read_uri, resolve_uri
@@ -41,7 +40,7 @@ def main(description: str | None) -> None:
     parser.add_argument("--setup-seconds", type=float, default=0.0, help="what the set-up before this took")
     parser.add_argument("--queries", type=int, default=100, help="photos to ask the service")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave the contexts, and with them end Ray
     try:
         print(json.dumps(demo(arguments)), flush=True)
@@ -55,6 +54,9 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
     workspace = Path(arguments.workspace or ROOT / "workspace" / name).resolve()
     data = Path(arguments.data).resolve() if arguments.data else workspace / "data"
     source = CONFIG_OF_YOUR_OWN if arguments.data else CONFIG
+    for override in arguments.overrides:
+        if override.startswith(("data=", "workspace=")):
+            raise ConfigError(f"{override}: the demo takes a folder as --{override.replace('=', ' ', 1)}")
     config = load_config(ROOT / source, [f"data={data}", f"workspace={workspace}", *arguments.overrides])
     setup_seconds = arguments.setup_seconds
     if arguments.data:
@@ -85,7 +87,7 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
                 seconds[stage] = time.monotonic() - began
             began = time.monotonic()
             questions = read_questions(workspace, reports["evaluate"]["version"], arguments.queries)
-            replies, latencies = ask(reports["serve"]["url"], questions)
+            questions, replies, latencies = ask(reports["serve"]["url"], questions)
             seconds["query"] = time.monotonic() - began
         job_seconds = time.monotonic() - started
     sheet = workspace / "contact_sheet.png"
@@ -94,12 +96,12 @@ def demo(arguments: argparse.Namespace) -> dict[str, Any]:
     sheet.write_bytes(draw_sheet(rows))
 
     trained, p50 = reports["evaluate"], float(np.median(latencies))
-    print(table(trained, seconds, reports, p50, len(questions)))
+    print(table(trained, config.evaluate.ks, seconds, reports, p50, len(questions)))
     print(f"\ncontact sheet: {sheet}")
     print(f"keep it up:    {command_to_serve(source, data, workspace)}\n")
     return {
-        "untrained_r1": trained["untrained"]["r1"],
-        **{f"trained_r{k}": trained[f"r{k}"] for k in (1, 5, 10)},
+        "untrained_r1": trained.get("untrained", {}).get("r1"),
+        **{f"trained_r{k}": trained[f"r{k}"] for k in config.evaluate.ks},
         "seconds": round(job_seconds, 1),
         "setup_seconds": round(setup_seconds, 1),
         "peak_gib": round(memory.gib, 2),
@@ -121,44 +123,57 @@ def drawn(total: int, count: int) -> list[int]:
     return sorted(np.random.default_rng(0).permutation(total)[:count].tolist())
 
 
-def ask(url: str, questions: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[float]]:
-    """Search for every photo over HTTP, one after the other; return the replies and the milliseconds of each."""
-    replies, latencies = [], []
-    for question in [questions[0], *questions]:  # the first warms up
-        body = json.dumps({"image": base64.b64encode(read_uri(question["image"])).decode(), "k": _SHOWN_ITEMS})
-        request = urllib.request.Request(f"{url}/v1/search", body.encode(), {"Content-Type": "application/json"})
-        began = time.perf_counter()
-        with open_url(request, 60) as response:
-            replies.append(json.load(response))
-        latencies.append(1000 * (time.perf_counter() - began))
-    return replies[1:], latencies[1:]
+def ask(url: str, questions: Sequence[dict]) -> tuple[list[dict], list[SearchReply], list[float]]:
+    """Search for every photo over HTTP, one after the other; return the questions that were answered, the replies and
+    the milliseconds of each. Raises MixerError where none was."""
+    answered, replies, latencies = [], [], []
+    with Client(url, timeout_s=60) as client:
+        for question in [questions[0], *questions]:  # the first warms up
+            photo = read_uri(question["image"])
+            began = time.perf_counter()
+            try:
+                reply = client.search(photo, k=_SHOWN_ITEMS)
+            except MixerHttpError as error:  # evaluate takes larger ones, for example
+                print(f"{question['image']}: not answered: {error}", flush=True)
+                continue
+            latencies.append(1000 * (time.perf_counter() - began))
+            answered.append(question)
+            replies.append(reply)
+    warm = int(bool(answered) and answered[0] is questions[0])
+    if not replies[warm:]:
+        raise MixerError(f"{url}: no photo of {len(questions)} was answered, for the reasons above")
+    return answered[warm:], replies[warm:], latencies[warm:]
 
 
-def sheet_rows(questions: Sequence[dict], replies: Sequence[dict], data: Path) -> list[tuple[str, list[Found]]]:
+def sheet_rows(questions: Sequence[dict], replies: Sequence[SearchReply], data: Path) -> list[tuple[str, list[Found]]]:
     """Return the rows of the contact sheet: what the service replied, judged by what is known."""
 
-    def picture(item: dict[str, Any]) -> str | None:
-        image = item["attributes"].get("image")
+    def picture(item: Item) -> str | None:
+        image = item.attributes.get("image")
         return resolve_uri(image, str(data)) if image else None
 
     rows = []
     for question, reply in zip(questions, replies, strict=True):
         relevant = set(question["relevant_item_ids"])
-        found = [
-            Found(picture(item), item["title"] or item["id"], item["score"], item["id"] in relevant)
-            for item in reply["items"]
-        ]
+        found = [Found(picture(item), item.title or item.id, item.score, item.id in relevant) for item in reply.items]
         rows.append((question["image"], found))
     return rows
 
 
 def table(
-    trained: dict[str, Any], seconds: dict[str, float], reports: dict[str, dict], p50: float, queries: int
+    trained: dict[str, Any],
+    ks: Sequence[int],
+    seconds: dict[str, float],
+    reports: dict[str, dict],
+    p50: float,
+    queries: int,
 ) -> str:
     """Return the demo's one table: quality, seconds a stage, latency."""
-    untrained = trained["untrained"]
+    untrained = trained.get("untrained", {})  # an evaluation without it, or a catalogue without pictures, has none
     lines = ["", f"{'':24}{'untrained':>12}{'trained':>12}"]
-    lines += [f"{f'R@{k}':24}{untrained[f'r{k}']:12.3f}{trained[f'r{k}']:12.3f}" for k in (1, 5, 10)]
+    for k in ks:
+        before = f"{untrained[f'r{k}']:.3f}" if untrained else "-"
+        lines.append(f"{f'R@{k}':24}{before:>12}{trained[f'r{k}']:12.3f}")
     lines += [f"{'photos / items':24}{trained['queries']:12,}{trained['items']:12,}", ""]
     for stage, spent in seconds.items():
         reused = "   (was there already)" if reports.get(stage, {}).get("reused") else ""

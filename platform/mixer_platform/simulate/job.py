@@ -55,7 +55,9 @@ def made_already(config: SimulateConfig, destination: Path) -> dict[str, Any] | 
     if not destination.exists() or (destination.is_dir() and not any(destination.iterdir())):
         return None
     path = destination / REPORT
-    report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if not path.exists():
+        raise InputError(f"{destination}: holds data that simulate did not make; name another folder")
+    report: dict[str, Any] = json.loads(path.read_text())
     if report.get("config") == config.model_dump(mode="json"):
         return report
     raise InputError(f"{destination}: holds data of another configuration; delete it or name another folder")
