@@ -138,10 +138,13 @@ def find_truth(config: RunConfig) -> InputFiles:
 
 
 def open_shards(storage: Storage, index: IndexManifest) -> list[Shard]:
-    """Return the shards of a published index. Raises StorageError if a file is not as published."""
+    """Return the shards of a published index, their vectors on disk. Raises StorageError if a file is not as published.
+
+    Copies of files that are elsewhere lie below TMPDIR, nameless, while their shard is in use.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         return [
-            Shard(segment_folders(storage, entry, scratch), entry, index.search, threads=os.cpu_count() or 1)
+            Shard(segment_folders(storage, entry, scratch), entry, index.search, os.cpu_count() or 1, mapped=True)
             for entry in index.shards
         ]
 
