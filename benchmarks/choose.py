@@ -5,8 +5,8 @@
 FOLDER as in quality.py; of `val` nothing is used to choose. A fold's photos are not learned from and lend nobody their
 evidence. Those of whose class their own logs are sure then ask all items, and have found theirs if the first is of that
 class. A setting is chosen over the configuration's if the 95 % bootstrap interval of what it finds more of the same
-photos is above 0; among several, the one that finds most. Prints a table, which says last what the settings reach on
-`val`, and, as its last line, one JSON object.
+photos, drawn by class, is above 0; among several, the one that finds most. Prints a table, which says last what the
+settings reach on `val`, and, as its last line, one JSON object.
 """
 
 from __future__ import annotations
@@ -31,6 +31,14 @@ from mixer_platform.cli import connect
 from mixer_platform.config import load_config
 
 SURE = 0.9  # probability of its likeliest class from which a held-out photo judges
+READ = tuple(  # by the learning here, which begins from samples and features that are made once
+    f"train.{name}"
+    for name in (
+        *("margin", "scale", "neighbours", "rounds", "candidates", "least_belief", "interpolation", "branch_weight"),
+        *("text_dropout", "image_dropout", "epochs", "warmup", "batch_size", "tower_lr", "classifier_lr"),
+        "weight_decay",
+    )
+)
 SETTINGS = (
     "train.margin=0.1",
     "train.margin=0.2",
@@ -60,6 +68,9 @@ SETTINGS = (
 
 def with_setting(bench: Bench, setting: str) -> Bench:
     """Return the bench with a setting changed, or several that a comma joins."""
+    for key in (each.partition("=")[0] for each in setting.split(",")):
+        if key not in READ:
+            raise SystemExit(f"--settings: {key} makes no difference here; these do: {', '.join(READ)}")
     overrides = [f"data={bench.config.data}", f"workspace={bench.config.workspace}", *setting.split(",")]
     return replace(bench, config=load_config(CONFIG, overrides))
 
@@ -106,7 +117,7 @@ def choose(bench: Bench, settings: list[str], folds: int, seeds: int) -> dict[st
         rows[setting] = {
             "r1": round(float(np.nanmean(found)), 4),
             "more": round(float(np.nanmean(more)), 4),
-            "more_interval": interval(more),
+            "more_interval": interval(more, bench.samples.labels[: bench.photos].numpy()),
             "val_r1": round(float(np.mean([found_on_val(changed, seed) for seed in range(seeds)])), 4),
         }
         row, (least, most) = rows[setting], rows[setting]["more_interval"]

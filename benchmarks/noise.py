@@ -9,10 +9,10 @@ clicks a share --wrong is known to be wrong, and moves clicks to another item th
 dwell time of the simulator's wrong clicks and without what was bought after them, until the wished share is wrong.
 
 The same methods as in quality.py learn from each set of logs, with its configuration. Prints a table with 95 %
-bootstrap intervals over photos, of R@1 and of how many more of the same photos Mixer finds, and, as its last line, one
-JSON object. Where the simulator knows the truth, label quality is held against it: how many photos are samples at all,
-how many of these have the class of the thing that they show as their likeliest, and how many items share a class with
-another thing; and Mixer learns from the true classes of these photos too.
+bootstrap intervals, as quality.py has them, of R@1 and, over things, of how many more of the same photos Mixer finds;
+and, as its last line, one JSON object. Where the simulator knows the truth, label quality is held against it: how many
+photos are samples at all, how many of these have the class of the thing that they show as their likeliest, and how many
+items share a class with another thing; and Mixer learns from the true classes of these photos too.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from quality import (
     interval,
     prepare_bench,
     read_logs,
+    things_of,
     write_marketplace,
 )
 
@@ -51,7 +52,7 @@ from mixer_platform.simulate.config import ClickConfig
 from mixer_platform.simulate.job import drawings_beside, simulate
 
 METHODS = ("mixer", "infonce", "arcface", "sampled", "true_classes")
-PHOTOS = 6500  # new ones; four of each of all things: one of each leaves an interval of 0.045
+PHOTOS = 6500  # new ones: four of each of all things
 DEMO = Path(__file__).parents[1] / "jobs/configs/demo.yaml"
 
 
@@ -155,7 +156,7 @@ def main() -> None:
 
 def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Print a row for each level and method; return the figures of each level."""
-    heads = ("R@1", "95 %", "Mixer ahead by", "wrong clicks", "coverage", "purity", "merged")
+    heads = ("R@1", "95 %", "over things", "Mixer ahead by", "wrong clicks", "coverage", "purity", "merged")
     print(f"{'':10}{'':14}" + "".join(f"{head:>17}" for head in heads))
     levels: list[dict[str, Any]] = []
     for level in arguments.levels:
@@ -182,10 +183,11 @@ def sweep(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             figures[name] = figures_of(bench, runs, 0.0)
             right[name] = np.mean([hits[:, 0] for hits in runs], axis=0)
             ahead = right["mixer"] - right[name]
-            figures[name] |= {"mixer_ahead": round(float(ahead.mean()), 4), "mixer_ahead_interval": interval(ahead)}
-            low, high = figures[name]["r1_interval"]
-            least, most = figures[name]["mixer_ahead_interval"]
-            row = [f"{figures[name]['r1']:.3f}", f"{low:.3f} to {high:.3f}", f"{least:+.3f} to {most:+.3f}"]
+            surely = interval(ahead, things_of(bench.relevant))
+            figures[name] |= {"mixer_ahead": round(float(ahead.mean()), 4), "mixer_ahead_interval_things": surely}
+            intervals = [figures[name][key] for key in ("r1_interval", "r1_interval_things")]
+            row = [f"{figures[name]['r1']:.3f}", *(f"{low:.3f} to {high:.3f}" for low, high in intervals)]
+            row.append(f"{surely[0]:+.3f} to {surely[1]:+.3f}")
             row += [f"{figures[key]:.3f}" for key in ("wrong_clicks", "coverage", "purity", "merged") if key in figures]
             print(f"{level:<10}{name:14}" + "".join(f"{cell:>17}" for cell in row), flush=True)
         levels.append(figures)

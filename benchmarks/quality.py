@@ -3,8 +3,11 @@
     .venv/bin/python benchmarks/quality.py --data FOLDER [--seeds 3] [--fine-tune 8] [--rows mixer mixer_finetuned]
 
 The same cached features of the frozen encoder, the same towers, photos and number of steps for every method, in one
-process; the fine-tuned model comes from the product's train job. Prints tables (means over seeds, 95 % bootstrap
-intervals over photos) and, as its last line, one JSON object. FOLDER holds `items`, `queries`, `logs` and `val`.
+process; the fine-tuned model comes from the product's train job. Prints tables (means over seeds, and 95 % bootstrap
+intervals) and, as its last line, one JSON object. FOLDER holds `items`, `queries`, `logs` and `val`.
+
+Intervals draw photos again: they tell of other photos of the same things. Those "over things" draw things, with all
+photos of each: they tell of other things, and are wider where `val` has many photos of few.
 
 "New listings" are a third of all items, three times over, that are taken out of the logs, before these are organised,
 and not learned from: each photo of one has to find it, its other right items taken out of the gallery.
@@ -222,11 +225,24 @@ def mean_known(values: np.ndarray) -> np.ndarray:
     return np.where(known.any(axis=0), np.nansum(values, axis=0) / np.maximum(known.sum(axis=0), 1), np.nan)
 
 
-def interval(right: np.ndarray) -> list[float]:
-    """Return the 95 % bootstrap interval of the mean over photos; nan are photos that were not asked."""
-    right = right[~np.isnan(right)]
-    drawn = np.random.default_rng(0).integers(len(right), size=(2000, len(right)))
-    return np.percentile(right[drawn].mean(axis=1), [2.5, 97.5]).round(4).tolist()
+def interval(right: np.ndarray, things: np.ndarray | None = None) -> list[float]:
+    """Return the 95 % bootstrap interval of the mean over photos; nan are photos that were not asked.
+
+    Photos are drawn, or, if `things` are given, what each shows, things with all their photos.
+    """
+    asked = ~np.isnan(right)
+    things = np.arange(len(right)) if things is None else things
+    _, groups = np.unique(things[asked], return_inverse=True)
+    count, total = np.bincount(groups), np.bincount(groups, right[asked])
+    drawn = np.random.default_rng(0).integers(len(count), size=(2000, len(count)))
+    means = total[drawn].sum(axis=1) / count[drawn].sum(axis=1)
+    return np.percentile(means, [2.5, 97.5]).round(4).tolist()
+
+
+def things_of(relevant: list[set[str]]) -> np.ndarray:
+    """Return a number for what each photo shows, [photos]: photos for which the same items are right show the same."""
+    numbers: dict[frozenset[str], int] = {}
+    return np.array([numbers.setdefault(frozenset(items), len(numbers)) for items in relevant])
 
 
 def figures_of(bench: Bench, runs: list[np.ndarray], seconds: float) -> dict[str, Any]:
@@ -237,7 +253,8 @@ def figures_of(bench: Bench, runs: list[np.ndarray], seconds: float) -> dict[str
     for name, part in by_demand(bench).items():
         figures[f"{name}_r1"] = float(right[part].mean())
     rounded = {name: round(value, 4) for name, value in figures.items()}
-    rounded |= {"r1_interval": interval(right), "r1_seeds": [round(float(hits[:, 0].mean()), 4) for hits in runs]}
+    rounded |= {"r1_interval": interval(right), "r1_interval_things": interval(right, things_of(bench.relevant))}
+    rounded["r1_seeds"] = [round(float(hits[:, 0].mean()), 4) for hits in runs]
     return {**rounded, "seconds": round(seconds, 1)}
 
 
@@ -321,7 +338,7 @@ def compare(bench: Bench, seeds: int, epochs: int, rows: list[str] | None = None
     results = {"zero_shot": figures_of(bench, [hits_of(bench.item_ids, bench.relevant, untrained_cosines(bench))], 0.0)}
     print(f"\n{size} items that the logs know, {len(bench.relevant)} photos")
     print(
-        f"{'':52}{'R@1':>7}{'95 %':>16}"
+        f"{'':52}{'R@1':>7}{'95 %':>16}{'over things':>16}"
         + "".join(f"{name:>8}" for name in ("R@5", "R@10", "macro", "head", "mid", "tail", "s"))
     )
     show("no training", results["zero_shot"])
@@ -345,9 +362,10 @@ def compare(bench: Bench, seeds: int, epochs: int, rows: list[str] | None = None
 
 
 def show(label: str, figures: dict[str, Any]) -> None:
-    low, high = figures["r1_interval"]
-    row = "".join(f"{figures[key]:8.3f}" for key in ("r5", "r10", "macro_r1", "head_r1", "mid_r1", "tail_r1"))
-    print(f"{label:52}{figures['r1']:7.3f}{f'{low:.3f} to {high:.3f}':>16}{row}{figures['seconds']:8.1f}", flush=True)
+    intervals = [figures[key] for key in ("r1_interval", "r1_interval_things")]
+    row = "".join(f"{f'{low:.3f} to {high:.3f}':>16}" for low, high in intervals)
+    row += "".join(f"{figures[key]:8.3f}" for key in ("r5", "r10", "macro_r1", "head_r1", "mid_r1", "tail_r1"))
+    print(f"{label:52}{figures['r1']:7.3f}{row}{figures['seconds']:8.1f}", flush=True)
 
 
 def compare_on_new_listings(bench: Bench, folder: Path, seeds: int) -> dict[str, dict[str, Any]]:
@@ -364,7 +382,8 @@ def compare_on_new_listings(bench: Bench, folder: Path, seeds: int) -> dict[str,
         "  query and value reversed": ({"make": Reversed}, both),
     }
     folds = without_listings(bench, folder)
-    print(f"\nNew listings, {FOLDS} folds{'':34}{'R@1':>7}{'95 %':>16}{'over picture only':>28}")
+    things = things_of(bench.relevant)
+    print(f"\nNew listings, {FOLDS} folds{'':34}{'R@1':>7}{'95 %':>16}{'over picture only':>28}{'over things':>20}")
     found: dict[str, np.ndarray] = {}
     for label, (changes, shown) in rows.items():
         runs = []
@@ -383,10 +402,13 @@ def compare_on_new_listings(bench: Bench, folder: Path, seeds: int) -> dict[str,
             "r1_interval": interval(right),
             "gain": round(float(np.nanmean(gain)), 4),
             "gain_interval": interval(gain),
+            "gain_interval_things": interval(gain, things),
         }
         (low, high), (least, most) = results[name]["r1_interval"], results[name]["gain_interval"]
         beside = f"{results[name]['gain']:+.3f} ({least:+.3f} to {most:+.3f})"
-        print(f"{label:52}{results[name]['r1']:7.3f}{f'{low:.3f} to {high:.3f}':>16}{beside:>28}")
+        least, most = results[name]["gain_interval_things"]
+        row = f"{f'{low:.3f} to {high:.3f}':>16}{beside:>28}{f'{least:+.3f} to {most:+.3f}':>20}"
+        print(f"{label:52}{results[name]['r1']:7.3f}{row}")
     return results
 
 
