@@ -8,9 +8,7 @@ class: training weighs it with what the picture looks like.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -18,14 +16,11 @@ import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict, Field
 
 from mixer.clicks import COUNTS, ClickModel, begins, evidence, fit_click_model
+from mixer.item_pairs import PAIR, same_thing_evidence, title_similarity, titles_worth
 from mixer.multicut import greedy_multicut
 
-_ROWS_TOGETHER = 50_000  # of photos and items
-_MOST_PAIRS = 1_000_000  # of items, that teach what titles are worth
-_EM_ROUNDS = 200
 _SURE_SHOWN = 0.99
 _TINY = 1e-12
-_WORD = re.compile(r"\w+")
 
 
 class LabelingConfig(BaseModel):
@@ -79,9 +74,6 @@ def organise(counts: pa.Table, items: pa.Table, config: LabelingConfig) -> Label
     return Labels(classes, photo_evidence(asked, classes, config.candidates), model)
 
 
-PAIR = ("left", "right")
-
-
 def with_lost_clicks(counts: pa.Table) -> pa.Table:
     """Return COUNTS with as many clicks as there must have been: a shop may log what is bought, and lose clicks.
 
@@ -89,84 +81,6 @@ def with_lost_clicks(counts: pa.Table) -> pa.Table:
     """
     clicks = pc.max_element_wise(counts["clicks"], counts["carts"], counts["purchases"])
     return counts.set_column(counts.column_names.index("clicks"), "clicks", clicks)
-
-
-def same_thing_evidence(pairs: pa.Table, share: float, trust: float) -> pa.Table:
-    """Return left, right (left < right), evidence: ln P(events | one thing) - ln P(events | two things), in nats.
-
-    A photo wants both of two items that are one thing, or neither; of two things it wants one at most. Only photos to
-    which both were shown speak, so that items are not apart because the engine showed them apart.
-
-    Args:
-        pairs: query_id, item_id, evidence, all rows of a photo together.
-        share: how likely an item that is shown is wanted.
-        trust: evidence is cut to -trust ... trust, for the model's errors grow with the number of events.
-    """
-    item_ids = pc.unique(pairs["item_id"])
-    item_ids = item_ids.take(pc.sort_indices(item_ids))
-    coded = pa.table(
-        {
-            "photo": pa.array(np.cumsum(begins(pairs["query_id"]))),
-            "item": pc.index_in(pairs["item_id"], item_ids),  # numbered in the order of the ids
-            "evidence": pairs["evidence"],
-        }
-    )
-    first = np.flatnonzero(begins(pairs["query_id"]))  # some photos at a time: their pairs are many times as many
-    starts = first[np.flatnonzero(np.diff(first // _ROWS_TOGETHER, prepend=-1))]
-    parts = [_same_thing(coded.slice(a, b - a), share) for a, b in pairwise([*starts, len(coded)])]
-    summed = _summed(pa.concat_tables([_same_thing(coded.slice(0, 0), share), *parts]), "evidence", -trust, trust)
-    for at, name in enumerate(PAIR):
-        summed = summed.set_column(at, name, item_ids.take(summed[name]))
-    return summed
-
-
-def _same_thing(pairs: pa.Table, share: float) -> pa.Table:
-    """Return left, right, evidence of photo, item, evidence; the pairs of all that a photo was shown must be there."""
-    share = min(share, 0.4)
-    wanted = pairs.filter(pc.greater(pairs["evidence"], 0))  # where neither is wanted, nothing is said
-    both = wanted.join(pairs, "photo", join_type="inner", right_suffix="_right")
-    one, other = both["item"], both["item_right"]
-    # A pair of which both are wanted comes twice: keep one.
-    once = pc.or_(pc.less(one, other), pc.and_(pc.not_equal(one, other), pc.less_equal(both["evidence_right"], 0)))
-    both = both.filter(once)
-    a, b = both["evidence"].to_numpy(), both["evidence_right"].to_numpy()
-    together = np.logaddexp(np.log(share) + a + b, np.log1p(-share))
-    apart = np.logaddexp(np.logaddexp(np.log(share) + a, np.log(share) + b), np.log1p(-2 * share))
-    one, other = both["item"], both["item_right"]
-    table = pa.table(
-        {
-            "left": pc.min_element_wise(one, other),
-            "right": pc.max_element_wise(one, other),
-            "evidence": pa.array(together - apart),
-        }
-    )
-    return _summed(table, "evidence", -np.inf, np.inf)
-
-
-def title_similarity(items: pa.Table, common: int) -> pa.Table:
-    """Return left, right (left < right), similarity: the cosine of two titles' words, rare ones counting more (TF-IDF).
-
-    Only pairs that share a word; words of more than `common` titles do not count.
-    """
-    words: list[tuple[str, str]] = []
-    for item, title in zip(items["item_id"].to_pylist(), items["title"].to_pylist(), strict=True):
-        words += [(item, word) for word in sorted(set(_WORD.findall((title or "").lower())))]
-    table = pa.table({name: [row[column] for row in words] for column, name in enumerate(("item_id", "word"))})
-    table = table.cast(pa.schema([("item_id", pa.string()), ("word", pa.string())]))
-    frequency = table.group_by("word").aggregate([("item_id", "count")])
-    frequency = frequency.filter(pc.less_equal(frequency["item_id_count"], common))
-    rarity = pc.add(pc.ln(pc.divide(float(max(len(items), 1)), frequency["item_id_count"])), 1e-3)
-    table = table.join(frequency.select(["word"]).append_column("rarity", rarity), "word", join_type="inner")
-    squares = table.append_column("square", pc.power(table["rarity"], 2))
-    lengths = squares.group_by("item_id").aggregate([("square", "sum")])
-    table = table.join(lengths, "item_id")
-    table = table.append_column("weight", pc.divide(table["rarity"], pc.sqrt(table["square_sum"])))
-    table = table.select(["word", "item_id", "weight"])
-    both = table.join(table, "word", join_type="inner", right_suffix="_right")
-    both = both.filter(pc.less(both["item_id"], both["item_id_right"]))
-    product = pc.multiply(both["weight"], both["weight_right"])
-    similar = both.select(["item_id", "item_id_right"]).rename_columns(PAIR).append_column("similarity", product)
-    return _summed(similar, "similarity", 0.0, 1.0)
 
 
 def cluster_items(
@@ -195,40 +109,6 @@ def cluster_items(
             "class_id": pa.array([label for label, cluster in enumerate(clusters) for _ in cluster], pa.int64()),
         }
     )
-
-
-def titles_worth(behaviour: np.ndarray, similarity: np.ndarray) -> tuple[float, float]:
-    """Return the log-odds that two items are one thing before anything is known, and what a similarity of 1 adds.
-
-    Learned, by logistic regression, from the pairs of which behaviour says anything, each as much one thing as its
-    behaviour and its titles make it (EM): titles that do not tell things apart are worth nothing, and where little is
-    sure, little is learned.
-    """
-    said = np.flatnonzero(behaviour)
-    said = said[:: -(-len(said) // _MOST_PAIRS) or 1]
-    # Two imagined pairs of each kind keep the fit finite.
-    imagined, alike = np.array([0.0, 0.0, 1.0, 0.0]), np.array([0.0, 0.0, 0.5, 0.5])
-    features = np.stack([np.ones(len(said) + 4), np.concatenate([similarity[said], alike])], axis=1)
-    fitted = np.array([-3.0, 0.0])
-    for _ in range(_EM_ROUNDS):
-        odds = features @ fitted
-        chance = _logistic(odds)
-        same = np.concatenate([_logistic(odds[:-4] + behaviour[said]), imagined])
-        slope = features.T @ (same - chance)
-        curvature = (features * (chance * (1 - chance))[:, None]).T @ features + 1e-3 * np.eye(2)
-        step = np.clip(np.linalg.solve(curvature, slope), -2, 2)
-        fitted = fitted + step
-        if np.abs(step).max() < 1e-4:
-            break
-    before, worth = fitted
-    if worth <= 0:
-        share = same.mean()
-        before, worth = np.log(share / (1 - share)), 0.0
-    return float(min(before, 0.0)), float(worth)
-
-
-def _logistic(odds: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-np.clip(odds, -30, 30)))
 
 
 def photo_evidence(pairs: pa.Table, items: pa.Table, candidates: int) -> pa.Table:
@@ -291,9 +171,3 @@ def odds_unseen(said: np.ndarray, shown: np.ndarray, classes: int) -> np.ndarray
         share = float(np.clip(among.mean() if len(among) else share, 1 - _SURE_SHOWN, _SURE_SHOWN))
     each, other = share / np.maximum(shown, 1), (1 - share) / np.maximum(classes - shown, 1)
     return np.minimum(np.log(other) - np.log(each), 0.0)
-
-
-def _summed(table: pa.Table, value: str, least: float, most: float) -> pa.Table:
-    sums = table.group_by(list(PAIR)).aggregate([(value, "sum")])
-    clipped = pc.min_element_wise(pc.max_element_wise(sums[f"{value}_sum"], least), most)
-    return sums.select(list(PAIR)).append_column(value, clipped)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 import json
 import math
 import os
@@ -22,14 +21,11 @@ from mixer.labeling import (
     odds_unseen,
     organise,
     photo_evidence,
-    same_thing_evidence,
-    title_similarity,
-    titles_worth,
     with_lost_clicks,
 )
+from tests.mixer.tables import Rows, items_of, random_pairs, table_of
 
 CONFIG = LabelingConfig()
-Rows = list[tuple]
 
 
 def counts_of(rows: Rows) -> pa.Table:
@@ -39,99 +35,12 @@ def counts_of(rows: Rows) -> pa.Table:
     return pa.table(dict(zip(COUNTS.names, zip(*whole, strict=True), strict=True)), schema=COUNTS)
 
 
-def table_of(names: str, rows: Rows) -> pa.Table:
-    return pa.table(dict(zip(names.split(), zip(*rows, strict=True), strict=True)))
-
-
-def items_of(ids: list[str], titles: list[str | None] | None = None) -> pa.Table:
-    columns = {"item_id": pa.array(ids, pa.string()), "title": pa.array(titles or [None] * len(ids), pa.string())}
-    return pa.table(columns)
-
-
-def as_dict(table: pa.Table) -> dict:
-    """Return {keys: last column}."""
-    *keys, values = (column.to_pylist() for column in table.columns)
-    return dict(zip(zip(*keys, strict=True), values, strict=True))
-
-
 def groups(items: pa.Table) -> set[frozenset[str]]:
     """Return the classes as sets of items."""
     found = collections.defaultdict(set)
     for item, label in zip(items["item_id"].to_pylist(), items["class_id"].to_pylist(), strict=True):
         found[label].add(item)
     return {frozenset(members) for members in found.values()}
-
-
-def random_pairs(seed: int, queries: int = 30, items: int = 12) -> Rows:
-    rng = np.random.default_rng(seed)
-    shown = [(q, i) for q in range(queries) for i in range(items) if rng.random() < 0.4]
-    return [(f"q{q:02}", f"i{i:02}", float(rng.normal(0, 3))) for q, i in shown]
-
-
-@pytest.mark.parametrize("trust", [2.0, 100.0])
-def test_evidence_of_one_thing_equals_the_naive_one(trust: float) -> None:
-    rows, share = random_pairs(1), 0.1
-    by_query: dict[str, dict[str, float]] = collections.defaultdict(dict)
-    for query, item, value in rows:
-        by_query[query][item] = value
-    sums: dict = collections.defaultdict(float)
-    for found in by_query.values():
-        for left, right in itertools.combinations(sorted(found), 2):
-            a, b = math.exp(found[left]), math.exp(found[right])
-            if max(a, b) > 1:
-                one = share * a * b + 1 - share
-                two = share * a + share * b + 1 - 2 * share
-                sums[left, right] += math.log(one / two)
-    expected = {pair: min(max(value, -trust), trust) for pair, value in sums.items()}
-    found = as_dict(same_thing_evidence(table_of("query_id item_id evidence", rows), share, trust))
-    assert found == pytest.approx(expected, abs=1e-9)
-
-
-def test_wanted_together_speaks_for_and_wanted_alone_against() -> None:
-    pairs = [("p", "a", 5.0), ("p", "b", 5.0), ("p", "c", -5.0), ("q", "c", -5.0), ("q", "d", -5.0)]
-    found = as_dict(same_thing_evidence(table_of("query_id item_id evidence", pairs), 0.1, 30))
-    assert found["a", "b"] > 1
-    assert found["a", "c"] < -1
-    assert ("c", "d") not in found, "of two things that nobody wants nothing is said"
-
-
-def test_title_similarity_equals_the_naive_one() -> None:
-    titles = ["Red apple 1 kg", "apple, RED", "red pear", None, "", "milk", "Milk 1 l"]
-    ids = [f"i{n}" for n in range(len(titles))]
-    words = [set("".join(c if c.isalnum() else " " for c in (title or "").lower()).split()) for title in titles]
-    rarity = {w: math.log(len(ids) / sum(w in some for some in words)) + 1e-3 for some in words for w in some}
-    expected = {}
-    for left, right in itertools.combinations(range(len(ids)), 2):
-        if shared := words[left] & words[right]:
-            norms = (math.sqrt(sum(rarity[word] ** 2 for word in words[n])) for n in (left, right))
-            expected[ids[left], ids[right]] = sum(rarity[word] ** 2 for word in shared) / math.prod(norms)
-    assert as_dict(title_similarity(items_of(ids, titles), 1000)) == pytest.approx(expected)
-    assert as_dict(title_similarity(items_of(ids, titles), 1)) == {}, "no word of a single title makes a pair"
-    assert len(title_similarity(items_of([]), 1000)) == 0
-
-
-def test_titles_are_worth_what_behaviour_says_they_tell() -> None:
-    rng = np.random.default_rng(0)
-    alike = rng.random(4000)
-    same = rng.random(4000) < 1 / (1 + np.exp(-(8 * alike - 5)))
-    behaviour = np.where(same, 10.0, -10.0)
-    before, worth = titles_worth(behaviour, alike)
-    assert before == pytest.approx(-5, abs=0.7)
-    assert worth == pytest.approx(8, abs=1)
-    before, worth = titles_worth(np.where(rng.random(4000) < 0.1, 10.0, -10.0), alike)
-    assert abs(worth) < 0.5
-    assert before == pytest.approx(math.log(0.1 / 0.9), abs=0.5)
-    assert titles_worth(np.zeros(4000), alike) == titles_worth(np.zeros(0), np.zeros(0)), "nothing is known"
-
-
-def test_titles_are_not_worth_what_a_few_pairs_seem_to_say() -> None:
-    """Wrong clicks: of pairs that are all two things a few look very much like one, and alike in their titles."""
-    rng = np.random.default_rng(0)
-    behaviour, alike = rng.normal(-2, 2, 20_000), rng.random(20_000) ** 4
-    behaviour[:6], alike[:6] = 8.0, 0.9
-    behaviour[behaviour < -6] = -6.0  # nothing is as sure of the others
-    before, worth = titles_worth(behaviour, alike)
-    assert before + worth < -1, "equal titles alone are no reason to join"
 
 
 def test_photo_evidence_equals_the_naive_one() -> None:
