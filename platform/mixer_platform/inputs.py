@@ -37,6 +37,7 @@ RAW = "__raw"  # a row that is broken by itself, as JSON
 IMAGE = "__image"  # the picture's absolute URI
 OTHERS = "__others"  # the columns that the contract does not know, as JSON: only quarantine needs them
 _LINES_TOGETHER = 8192
+_LOOKED_AT = 1000  # files of a folder that has a table's name beside that table: millions of pictures may lie there
 _ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
 _OTHER_TABLES = (".parquet", ".json", ".csv", ".tsv", ".avro", ".orc", ".feather", ".arrow")  # anywhere in a name
 
@@ -289,7 +290,7 @@ def _table_tags(storage: Storage, table: Table) -> dict[str, str]:
     """Return the tags of a table's files, none if there are none. Raises InputError where some would go unread."""
     names = [f"{table.name}{ending}" for ending in _ENDINGS]
     single = {name: tag for name in names if (tag := storage.tag(name)) is not None}
-    listed = storage.list(table.name)  # pictures may lie there too
+    listed = storage.list(table.name, _LOOKED_AT if single else None)
     inside = {key: tag for key, tag in listed.items() if key.endswith(_ENDINGS)}
     if single and inside:
         raise InputError(f"{storage.uri}: holds both {next(iter(single))} and {next(iter(inside))}; keep one of them")

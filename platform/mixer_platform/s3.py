@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -102,9 +103,9 @@ class S3Storage:
     def modified(self, prefix: str) -> float | None:
         return max((entry["LastModified"].timestamp() for entry in self._entries(prefix)), default=None)
 
-    def list(self, prefix: str) -> dict[str, str]:
+    def list(self, prefix: str, most: int | None = None) -> dict[str, str]:
         skip = len(self.prefix) + 1 if self.prefix else 0
-        return {entry["Key"][skip:]: entry["ETag"] for entry in self._entries(prefix)}
+        return {entry["Key"][skip:]: entry["ETag"] for entry in islice(self._entries(prefix), most)}
 
     def folders(self, prefix: str) -> Sequence[str]:
         pages = self._pages(prefix, Delimiter="/")

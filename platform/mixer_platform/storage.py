@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -50,8 +51,9 @@ class Storage(Protocol):
         Files that are still being written count. None if there are none.
         """
 
-    def list(self, prefix: str) -> dict[str, str]:
-        """Return every key below the folder `prefix`, with a tag that changes when its content does."""
+    def list(self, prefix: str, most: int | None = None) -> dict[str, str]:
+        """Return every key below the folder `prefix`, or any `most` of them, with a tag that changes when its content
+        does."""
 
     def folders(self, prefix: str) -> Sequence[str]:
         """Return the names of the folders directly in the folder `prefix`, in order, without looking into them."""
@@ -127,8 +129,9 @@ class LocalStorage:
     def modified(self, prefix: str) -> float | None:
         return max((stat.st_mtime for _, stat in self._files(prefix)), default=None)
 
-    def list(self, prefix: str) -> dict[str, str]:
-        visible = [(path, stat) for path, stat in self._files(prefix, links=True) if not path.name.startswith(".")]
+    def list(self, prefix: str, most: int | None = None) -> dict[str, str]:
+        files = islice(self._files(prefix, links=True), most)
+        visible = [(path, stat) for path, stat in files if not path.name.startswith(".")]
         return {str(path.relative_to(self.root)): _tag_of(stat) for path, stat in sorted(visible)}
 
     def folders(self, prefix: str) -> Sequence[str]:

@@ -48,6 +48,7 @@ def test_list_gives_the_keys_below_a_folder_only(storage: Storage) -> None:
     assert sorted(storage.list("a")) == ["a/1", "a/b/2"]
     assert sorted(storage.list("")) == ["4", "a/1", "a/b/2", "ab/3"]
     assert storage.list("nothing") == {}
+    assert len(storage.list("", 3)) == 3
 
 
 def test_folders_are_those_directly_below(storage: Storage) -> None:
