@@ -70,7 +70,7 @@ from mixer_platform.storage import open_storage, read_uri
 from mixer_platform.train.features import FeatureSamples, cache_features
 from mixer_platform.train.job import train
 from mixer_platform.train.labels import in_training_order, read_labels
-from mixer_platform.train.stages import read_encoders
+from mixer_platform.train.stages import multiplies_in_bf16, read_encoders
 
 CONFIG = Path(__file__).parents[1] / "jobs/configs/local.yaml"
 KS = (1, 5, 10)
@@ -269,7 +269,9 @@ def by_demand(bench: Bench) -> dict[str, np.ndarray]:
 
 def fine_tuned(bench: Bench, seed: int, epochs: int) -> tuple[np.ndarray, float]:
     """Train with the product's job, encoder and all; return hits and the seconds of the whole training."""
-    overrides = [f"train.fine_tune.epochs={epochs}", f"train.seed={seed}", "train.holdout=0", "train.precision=bf16"]
+    precision = "bf16" if multiplies_in_bf16(torch.device("cpu")) else "fp32"
+    overrides = [f"train.fine_tune.epochs={epochs}", f"train.seed={seed}", "train.holdout=0"]
+    overrides.append(f"train.precision={precision}")
     config = load_config(CONFIG, [f"data={bench.config.data}", f"workspace={bench.config.workspace}", *overrides])
     model = train(config)
     return published_hits(config, model["version"], bench.item_ids), model["seconds"]

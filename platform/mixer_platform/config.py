@@ -139,7 +139,7 @@ class TrainConfig(Section):
         0, description="cut over the workers, of towers and encoder: moments (1), gradients too (2), parameters too (3)"
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: towers and classifier multiply in it; weights stay fp32"
+        "fp32", description="bf16: towers and classifier multiply in it, as GPUs and few CPUs can; weights stay fp32"
     )
     clip_classes: bool = Field(
         False, description="the norm that is clipped at 1 is of towers and classes together, not of the towers alone"

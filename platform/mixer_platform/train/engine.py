@@ -259,7 +259,7 @@ def _whole(parameter: nn.Parameter, moment: str | None, engine: Any) -> Tensor:
         value = safe_get_full_fp32_param(parameter)
     else:
         value = safe_get_full_optimizer_state(parameter, moment)
-    return value.detach().float().cpu().clone()
+    return value.detach().float().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _load_whole(parameter: nn.Parameter, value: Tensor, moments: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from itertools import islice
@@ -25,6 +26,7 @@ from mixer_platform.train.engine import HybridTrainer
 from mixer_platform.train.feeding import Samples, Schedule, batches_of
 from mixer_platform.train.stages import (
     embedded,
+    multiplies_in_bf16,
     new_trainer,
     next_stage,
     read_samples,
@@ -34,6 +36,7 @@ from mixer_platform.train.stages import (
 )
 
 _SCORES = 2**26  # of photos and items that are in memory at a time
+_log = logging.getLogger(__name__)
 
 
 def train_worker(job: dict[str, Any]) -> str | None:
@@ -63,6 +66,8 @@ def _learn(job: dict[str, Any]) -> None:
     samples, rows, held_out = read_samples(job, config, stage)
     if stage:
         samples.targets = checkpoints.read_targets(stage)
+    if rank == 0 and config.precision == "bf16" and not multiplies_in_bf16(device):
+        _log.warning("train.precision=bf16: this CPU does not multiply in it and takes many times as long; set fp32")
     trainer = new_trainer(job, stages[stage], samples, len(rows), device)
     if "name" in state:
         trainer.load_tower_state(checkpoints.read_towers(state["name"]), state["step"])

@@ -105,6 +105,11 @@ def next_stage(
     return samples, trainer
 
 
+def multiplies_in_bf16(device: torch.device) -> bool:
+    """Say whether bf16 saves time on a device; a CPU that does not know it takes ten times as long as in fp32."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def new_trainer(
     job: dict[str, Any],
     config: TrainConfig,
@@ -125,6 +130,8 @@ def new_trainer(
         model.image_encoder.train_from(config.fine_tune.from_block)
         if config.fine_tune.checkpoint_activations:
             model.image_encoder.checkpoint_activations()
+        if device.type == "cpu" and not config.zero_stage:  # which lays weights out in its own way
+            model.image_encoder.to(memory_format=torch.channels_last)  # convolutions then take a third less time
         tower = WholeModel(model)
     elif config.start:
         tower = FrozenTower(patiently(starting_model)(storage, config.start, architecture).towers)
