@@ -31,13 +31,11 @@ from mixer_platform.cli import connect
 from mixer_platform.config import load_config
 
 SURE = 0.9  # probability of its likeliest class from which a held-out photo judges
-READ = tuple(  # by the learning here, which begins from samples and features that are made once
-    f"train.{name}"
-    for name in (
-        *("margin", "scale", "neighbours", "rounds", "candidates", "least_belief", "interpolation", "branch_weight"),
-        *("text_dropout", "image_dropout", "epochs", "warmup", "batch_size", "tower_lr", "classifier_lr"),
-        "weight_decay",
-    )
+READ = (  # by the learning here, which begins from samples and features that are made once
+    *(f"model.{name}" for name in ("dim", "concepts", "concept_dim", "heads")),
+    *(f"train.{name}" for name in ("margin", "scale", "neighbours", "rounds", "candidates", "least_belief")),
+    *(f"train.{name}" for name in ("interpolation", "branch_weight", "text_dropout", "image_dropout", "epochs")),
+    *(f"train.{name}" for name in ("warmup", "batch_size", "tower_lr", "classifier_lr", "weight_decay")),
 )
 SETTINGS = (
     "train.margin=0.1",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -71,52 +72,92 @@ def _same_thing(pairs: pa.Table, share: float) -> pa.Table:
     return _summed(table, -np.inf, np.inf)
 
 
-def title_similarity(items: pa.Table, common: int, most: int = 256) -> pa.Table:
+def title_similarity(items: pa.Table, common: int, besides: pa.Table | None = None, most: int = 256) -> pa.Table:
     """Return left, right (left < right), similarity: the cosine of two titles' words, rare ones counting more (TF-IDF).
 
-    Only pairs that share a word, and of them the `most` of each item that are most alike; words of more than `common`
-    titles do not count.
+    Only pairs that share a word, and of them those that are as much alike as one's `most` most alike, and the pairs
+    (left, right) of `besides`; words of more than `common` titles do not count.
     """
     item_ids = pc.unique(items["item_id"]).cast(pa.string())
     item_ids = item_ids.take(pc.sort_indices(item_ids))
-    table = _weighted_words(pc.index_in(pc.cast(items["item_id"], pa.string()), item_ids), items["title"], common)
-    parts = [_most_alike(part, table, most) for part in _some_at_a_time(table, "item", _WORDS_TOGETHER)]
-    pairs = pa.concat_tables(parts).group_by(list(PAIR)).aggregate([("similarity", "max")])  # of either side's
+    codes = pc.index_in(pc.cast(items["item_id"], pa.string()), item_ids).to_numpy()
+    words = _weigh_words(codes, items["title"].to_pylist(), common)
+    asked = np.zeros(0, np.int64)
+    if besides is not None and len(item_ids):
+        ends = [pc.index_in(pc.cast(besides[name], pa.string()), item_ids) for name in PAIR]
+        left, right = (pc.fill_null(each, -1).to_numpy().astype(np.int64) for each in ends)
+        asked = np.sort((left * len(item_ids) + right)[(left >= 0) & (right >= 0)])
+    first = np.flatnonzero(np.diff(words.item, prepend=-1))
+    starts = first[np.diff(first // _WORDS_TOGETHER, prepend=-1) != 0]
+    slices = [slice(start, end) for start, end in pairwise([*starts, len(words.item)])]
+    parts = [_alike(words, part, len(item_ids), asked, most) for part in slices]
+    schema = pa.schema([("left", pa.int64()), ("right", pa.int64()), ("similarity", pa.float64())])
+    pairs = pa.concat_tables([schema.empty_table(), *parts]).group_by(list(PAIR)).aggregate([("similarity", "max")])
     names = [item_ids.take(pairs[name]) for name in PAIR]
     return pa.table([*names, pc.min_element_wise(pairs["similarity_max"], 1.0)], names=[*PAIR, "similarity"])
 
 
-def _weighted_words(items: pa.ChunkedArray, titles: pa.ChunkedArray, common: int) -> pa.Table:
-    """Return item and word, both numbers, and the word's share in the length of the item's title, item by item."""
+class _Words(NamedTuple):
+    """Rows of items and words, item by item: what the word is of the length of the item's title. Of each word, where
+    its rows begin in `rows`, which has those of equal words together."""
+
+    item: np.ndarray
+    word: np.ndarray
+    weight: np.ndarray
+    rows: np.ndarray
+    begins: np.ndarray
+
+
+def _weigh_words(codes: np.ndarray, titles: list[str | None], common: int) -> _Words:
     numbers: dict[str, int] = {}
-    rows = [
+    pairs = [
         (item, numbers.setdefault(word, len(numbers)))
-        for item, title in zip(items.to_pylist(), titles.to_pylist(), strict=True)
+        for item, title in zip(codes.tolist(), titles, strict=True)
         for word in set(_WORD.findall((title or "").lower()))
     ]
-    item, word = np.array(sorted(rows), np.int64).reshape(-1, 2).T
+    item, word = np.array(sorted(pairs), np.int64).reshape(-1, 2).T
     frequency = np.bincount(word)
     told = frequency[word] <= common
     item, word = item[told], word[told]
-    rarity = np.log(max(len(items), 1) / frequency[word]) + 1e-3
-    return pa.table({"item": item, "word": word, "weight": rarity / np.sqrt(np.bincount(item, rarity**2)[item])})
+    rarity = np.log(max(len(codes), 1) / frequency[word]) + 1e-3
+    begins_at = np.concatenate([[0], np.cumsum(np.bincount(word, minlength=len(numbers)))])
+    length = np.sqrt(np.bincount(item, rarity**2))
+    return _Words(item, word, rarity / length[item], np.argsort(word, kind="stable"), begins_at)
 
 
-def _most_alike(part: pa.Table, table: pa.Table, most: int) -> pa.Table:
-    """Return left, right and similarity of the items in `part` and, of all in `table`, the `most` most like each."""
-    both = part.join(table, "word", join_type="inner", right_suffix="_right")
-    both = both.filter(pc.not_equal(both["item"], both["item_right"]))
-    both = both.append_column("product", pc.multiply(both["weight"], both["weight_right"]))
-    found = both.group_by(["item", "item_right"]).aggregate([("product", "sum")])
-    similarity = pc.round(found["product_sum"], 9)  # threads sum in any order: the last bits must not break ties
-    found = pa.table([found["item"], found["item_right"], similarity], names=["item", "other", "similarity"])
-    found = found.sort_by([("item", "ascending"), ("similarity", "descending"), ("other", "ascending")])
-    first = np.flatnonzero(begins(found["item"]))
-    rank = np.arange(len(found)) - np.repeat(first, np.diff(first, append=len(found)))
-    found = found.filter(pa.array(rank < most))
-    one, other = found["item"], found["other"]
-    ends = [pc.min_element_wise(one, other), pc.max_element_wise(one, other)]
-    return pa.table([*ends, found["similarity"]], names=[*PAIR, "similarity"])
+def _alike(words: _Words, part: slice, items: int, asked: np.ndarray, most: int) -> pa.Table:
+    """Return left, right and similarity of pairs of the items in `part` of the rows with any items.
+
+    asked: pairs that are wanted in any case, left * items + right, in order.
+    """
+    begin = words.begins[words.word[part]]
+    count = words.begins[words.word[part] + 1] - begin
+    place = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - begin, count)
+    other = words.rows[place]
+    both = pa.table(
+        {
+            "item": np.repeat(words.item[part], count),
+            "other": words.item[other],
+            "product": np.repeat(words.weight[part], count) * words.weight[other],
+        }
+    )
+    both = both.filter(pc.not_equal(both["item"], both["other"]))
+    found = both.group_by(["item", "other"]).aggregate([("product", "sum")])
+    # Threads sum in any order: the last bits must not break ties.
+    found = found.set_column(2, "similarity", pc.round(found["product_sum"], 9))
+    found = found.sort_by([("item", "ascending"), ("similarity", "descending")])
+    item, other, similarity = (found[name].to_numpy() for name in ("item", "other", "similarity"))
+    first = np.flatnonzero(np.diff(item, prepend=-1))
+    count = np.diff(first, append=len(item))
+    least = np.repeat(similarity[first + np.minimum(count, most) - 1], count)  # equals are kept or left together
+    left, right = np.minimum(item, other), np.maximum(item, other)
+    kept = (similarity >= least) | _is_in(left * items + right, asked)
+    return pa.table([left[kept], right[kept], similarity[kept]], names=[*PAIR, "similarity"])
+
+
+def _is_in(values: np.ndarray, ordered: np.ndarray) -> np.ndarray:
+    place = np.searchsorted(ordered, values)
+    return np.append(ordered, -1)[place] == values
 
 
 def titles_worth(behaviour: np.ndarray, similarity: np.ndarray) -> tuple[float, float]:

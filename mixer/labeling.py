@@ -67,7 +67,7 @@ def organise(counts: pa.Table, items: pa.Table, config: LabelingConfig) -> Label
     model = fit_click_model(counts)
     pairs = evidence(counts, model)
     together = same_thing_evidence(pairs, model.share, config.trust)
-    alike = title_similarity(items, config.common_words) if config.titles else together.slice(0, 0)
+    alike = title_similarity(items, config.common_words, together) if config.titles else together.slice(0, 0)
     classes = cluster_items(together, alike.rename_columns([*PAIR, "similarity"]), items["item_id"], config)
     clicked = pairs["query_id"].filter(pc.greater(pairs["clicks"], 0)).unique()
     asked = pairs.filter(pc.is_in(pairs["query_id"], clicked))

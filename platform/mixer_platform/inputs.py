@@ -6,6 +6,7 @@ import hashlib
 import io
 import itertools
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +40,10 @@ OTHERS = "__others"  # the columns that the contract does not know, as JSON: onl
 _LINES_TOGETHER = 8192
 _LOOKED_AT = 1000  # files of a folder that has a table's name beside that table: millions of pictures may lie there
 _ENDINGS = (".parquet", ".jsonl", ".jsonl.gz")
-_OTHER_TABLES = (".parquet", ".json", ".csv", ".tsv", ".avro", ".orc", ".feather", ".arrow")  # anywhere in a name
+_LIKE_A_TABLE = re.compile(
+    r"\.(parquet|jsonl?|ndjson|csv|tsv|avro|orc|feather|arrow)(\.(gz|zst|bz2|snappy|lz4|br|xz|zip))?$", re.IGNORECASE
+)
+_APART = re.compile(r"/[._]")  # what Spark, Hive and Delta keep beside a table
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,9 @@ def in_one_order(batch: pa.Table, keys: Sequence[str]) -> pa.Table:
 
 
 def _has_order(kind: pa.DataType) -> bool:
-    return pa.types.is_primitive(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    numbers = pa.types.is_integer(kind) or pa.types.is_float32(kind) or pa.types.is_float64(kind)
+    times = pa.types.is_temporal(kind) and not pa.types.is_interval(kind)
+    return numbers or times or pa.types.is_boolean(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _others(batch: pa.Table, table: Table) -> pa.Array:
@@ -287,16 +293,20 @@ def _fits(value: Any, wanted: pa.DataType) -> bool:
 
 
 def _table_tags(storage: Storage, table: Table) -> dict[str, str]:
-    """Return the tags of a table's files, none if there are none. Raises InputError where some would go unread."""
+    """Return the tags of a table's files, none if there are none.
+
+    Raises InputError for parts of it in a folder that are not of a form that is read, and where there is a file too: of
+    the folder beside one, only the first files are looked at.
+    """
     names = [f"{table.name}{ending}" for ending in _ENDINGS]
     single = {name: tag for name in names if (tag := storage.tag(name)) is not None}
     listed = storage.list(table.name, _LOOKED_AT if single else None)
+    listed = {key: tag for key, tag in listed.items() if not _APART.search(key)}
     inside = {key: tag for key, tag in listed.items() if key.endswith(_ENDINGS)}
     if single and inside:
         raise InputError(f"{storage.uri}: holds both {next(iter(single))} and {next(iter(inside))}; keep one of them")
     for key in listed if inside else ():
-        name = key.rpartition("/")[2].lower()
-        if key not in inside and not name.startswith("_") and any(other in name for other in _OTHER_TABLES):
+        if key not in inside and _LIKE_A_TABLE.search(key):
             raise InputError(
                 f"{storage.uri}/{key}: would not be read; make it one of {', '.join(_ENDINGS)}, or take it away"
             )

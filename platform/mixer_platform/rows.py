@@ -65,4 +65,8 @@ def _value(scalar: pa.Scalar) -> Any:
     try:
         return scalar.as_py()
     except (OverflowError, ValueError):
+        if isinstance(scalar, pa.ListScalar | pa.LargeListScalar):
+            return [_value(each) for each in scalar.values]
+        if isinstance(scalar, pa.StructScalar):
+            return {name: _value(each) for name, each in scalar.items()}
         return str(scalar.value) if pa.types.is_temporal(scalar.type) else None

@@ -168,23 +168,31 @@ class LocalStorage:
     def _files(self, prefix: str, links: bool = False) -> Iterator[tuple[Path, os.stat_result]]:
         """Yield every file below a folder, none if there is no such folder; what goes meanwhile is passed over.
 
-        With `links` also what lies behind links to folders, and a link to nothing is an error.
+        With `links` also what lies behind links to folders, once, and links to nothing.
         """
 
         def failed(error: OSError) -> None:
             if error.errno not in _GONE:
                 raise error
 
+        seen: set[str] = set()
         with local_errors(self.path(prefix)):
-            for folder, _, names in os.walk(self.root / prefix, onerror=failed, followlinks=links):
+            for folder, folders, names in os.walk(self.root / prefix, onerror=failed, followlinks=links):
+                if links:
+                    real = os.path.realpath(folder)
+                    if real in seen:
+                        folders.clear()
+                        continue
+                    seen.add(real)
+                    folders.sort(key=lambda name: os.path.islink(f"{folder}/{name}"))  # by its own name, if it has one
                 for name in names:
                     path = Path(folder, name)
                     try:
                         stat = path.stat()
-                    except FileNotFoundError as error:  # it was being written, and now has its name
-                        if links and path.is_symlink():
-                            raise MissingError(f"{path}: a link to what is not there; mend or remove it") from error
-                        continue
+                    except FileNotFoundError:  # it was being written, and now has its name
+                        if not (links and path.is_symlink()):
+                            continue
+                        stat = path.lstat()
                     yield path, stat
 
     @contextmanager

@@ -85,5 +85,5 @@ def test_a_photo_is_of_its_most_clicked_item() -> None:
 
 
 def test_a_setting_that_makes_no_difference_is_refused() -> None:
-    with pytest.raises(SystemExit, match=r"train\.skew makes no difference here; these do: train\.margin"):
+    with pytest.raises(SystemExit, match=r"train\.skew makes no difference here; these do: model\.dim, "):
         with_setting(types.SimpleNamespace(), "train.margin=0.1,train.skew=0.5")

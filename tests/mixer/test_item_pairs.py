@@ -63,17 +63,25 @@ def test_of_many_alike_titles_the_most_alike_are_kept(monkeypatch: pytest.Monkey
     whole = as_dict(title_similarity(items_of(ids, titles), 1000, most=300))
     monkeypatch.setattr(item_pairs, "_WORDS_TOGETHER", 50)
     assert as_dict(title_similarity(items_of(ids, titles), 1000, most=300)) == pytest.approx(whole)
-    kept = as_dict(title_similarity(items_of(ids, titles), 1000, most=5))
     around: dict[str, list[float]] = {item: [] for item in ids}
     for pair, value in whole.items():
         for item in pair:
             around[item].append(value)
     least = {item: sorted(values, reverse=True)[:5][-1] for item, values in around.items()}
-    surely = {pair for pair, value in whole.items() if value > min(least[item] for item in pair) + 1e-9}
-    perhaps = {pair for pair, value in whole.items() if value > min(least[item] for item in pair) - 1e-9}
-    assert surely <= kept.keys() <= perhaps
-    assert all(kept[pair] == pytest.approx(whole[pair]) for pair in kept)
-    assert len(kept) < len(whole) / 4
+    expected = {pair: value for pair, value in whole.items() if value > min(least[item] for item in pair) - 1e-9}
+    assert len(expected) < len(whole) / 3
+    assert as_dict(title_similarity(items_of(ids, titles), 1000, most=5)) == pytest.approx(expected)
+    asked = list(itertools.islice(whole.keys() - expected.keys(), 20))
+    besides = table_of("left right", [*asked, ("i000", "elsewhere")])
+    found = as_dict(title_similarity(items_of(ids, titles), 1000, besides, most=5))
+    assert found == pytest.approx(expected | {pair: whole[pair] for pair in asked})
+
+
+def test_equal_titles_are_kept_or_left_together() -> None:
+    ids, titles = [f"i{n:03}" for n in range(700)], ["one and the same"] * 700 + [None]
+    found = as_dict(title_similarity(items_of([*ids, "x"], titles), 1000))
+    assert len(found) == 700 * 699 / 2
+    assert set(found.values()) == {1.0}
 
 
 def test_titles_are_worth_what_behaviour_says_they_tell() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mixer_platform.errors import InputError, MissingError, StorageError
+from mixer_platform.errors import InputError, StorageError
 from mixer_platform.inputs import (
     IMAGE,
     OTHERS,
@@ -30,6 +31,7 @@ from mixer_platform.inputs import (
     read_parquet,
 )
 from mixer_platform.inputs import _parse_lines as parse_lines
+from mixer_platform.rows import to_dicts
 from mixer_platform.schema import ITEMS, LOGS, QUERIES, TRUTH
 
 QUERY_ROWS = [{"query_id": "a", "image": "p/a.png"}, {"query_id": "b", "image": "/p/b.png"}]
@@ -281,13 +283,14 @@ def test_a_changed_picture_is_noticed_and_another_file_is_not(tmp_path: Path) ->
     assert pictures_tag(find_input(str(tmp_path), QUERIES)) not in (tag, changed)
 
 
-def test_no_file_of_a_table_is_passed_over(tmp_path: Path) -> None:
+def test_no_part_of_a_table_is_passed_over(tmp_path: Path) -> None:
     write_queries(tmp_path / "queries/a.parquet")
-    (tmp_path / "queries/_SUCCESS").touch()
-    (tmp_path / "queries/_metadata.json").touch()
-    (tmp_path / "queries/photo.jpg").touch()
+    for name in ("_SUCCESS", "_metadata.json", ".a.parquet.crc", "_delta_log/0.json", "p/x.jpg", "p/x.json.jpg"):
+        (tmp_path / "queries" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "queries" / name).touch()
+    write_queries(tmp_path / "queries/_delta_log/9.checkpoint.parquet")
     assert list(find_input(str(tmp_path), QUERIES).tags) == ["queries/a.parquet"]
-    for name in ("b.parquet.gz", "b.PARQUET", "b.json", "b.jsonl.zst", "b.csv"):
+    for name in ("b.parquet.gz", "b.PARQUET", "b.json", "b.jsonl.zst", "b.csv", "p/b.csv"):
         (tmp_path / "queries" / name).touch()
         told = f"DATA/queries/{name}: would not be read; make it one of .parquet, .jsonl, .jsonl.gz, or take it away"
         assert said(tmp_path) == told
@@ -298,14 +301,18 @@ def test_no_file_of_a_table_is_passed_over(tmp_path: Path) -> None:
     assert list(find_input(str(tmp_path), QUERIES).tags) == ["queries.parquet"], "a folder of pictures is no table"
 
 
-def test_links_are_followed_and_one_to_nothing_is_named(tmp_path: Path) -> None:
+def test_links_are_followed_once_and_one_to_nothing_is_named(tmp_path: Path) -> None:
     write_queries(tmp_path / "elsewhere/b.parquet")
-    (tmp_path / "data/queries").mkdir(parents=True)
-    (tmp_path / "data/queries/more").symlink_to(tmp_path / "elsewhere")
+    write_queries(tmp_path / "data/queries/2024-05-01/a.parquet")
     data = tmp_path / "data"
-    assert list(find_input(str(data), QUERIES).tags) == ["queries/more/b.parquet"]
+    (data / "queries/latest").symlink_to(data / "queries/2024-05-01")
+    (data / "queries/loop").symlink_to(data)
+    (data / "queries/more").symlink_to(tmp_path / "elsewhere")
+    (data / "queries/photo.jpg").symlink_to(tmp_path / "gone")
+    (data / "queries/.#a.parquet").symlink_to("me@here.1234")
+    assert list(find_input(str(data), QUERIES).tags) == ["queries/2024-05-01/a.parquet", "queries/more/b.parquet"]
     (data / "queries/c.parquet").symlink_to(tmp_path / "gone")
-    with pytest.raises(MissingError, match=r"queries/c\.parquet: a link to what is not there; mend or remove it"):
+    with pytest.raises(StorageError, match=r"queries/c\.parquet: cannot be read \(.*No such file"):
         find_input(str(data), QUERIES)
 
 
@@ -341,3 +348,21 @@ def test_equal_keys_have_one_order_whatever_order_they_came_in() -> None:
     ordered = in_one_order(pa.Table.from_pylist(whole), ["item_id"]).to_pylist()
     assert ordered == whole
     assert in_one_order(pa.Table.from_pylist(whole[::-1]), ["item_id"]).to_pylist() == whole
+
+
+def test_rows_with_columns_that_have_no_order_are_ordered_by_the_others() -> None:
+    shared = {"item_id": ["a", "a"], "title": ["y", "x"], "sizes": [[1], [2]], "box": [{"x": 1}, {"x": 2}]}
+    columns = {name: pa.array(values) for name, values in shared.items()}
+    columns["half"] = pa.array([1.0, 2.0], pa.float16())
+    columns["every"] = pa.array([(1, 2, 3), (1, 2, 4)], pa.month_day_nano_interval())
+    columns["cost"] = pa.array([Decimal("1.5"), Decimal("2.5")])
+    columns["added"] = pa.array([2, 1], pa.timestamp("us", "UTC"))
+    assert in_one_order(pa.table(columns), ["item_id"])["title"].to_pylist() == ["x", "y"]
+
+
+def test_times_that_python_does_not_have_are_kept_wherever_they_are() -> None:
+    far = pa.array([2**62], pa.timestamp("us"))
+    listed = pa.ListArray.from_arrays([0, 1], far)
+    whole = pa.StructArray.from_arrays([far, pa.array(["x"])], ["at", "name"])
+    (row,) = to_dicts(pa.table({"listed": listed, "whole": whole}))
+    assert row == {"listed": [str(2**62)], "whole": {"at": str(2**62), "name": "x"}}

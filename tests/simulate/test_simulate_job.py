@@ -119,6 +119,11 @@ def test_something_is_left_to_photograph():
     SimulateConfig(max_things=3, broken_pictures=2)
 
 
+def test_pictures_that_are_all_broken_are_one_sentence(things, tmp_path):
+    with pytest.raises(InputError, match="no item has a picture to ask for; make broken_pictures less than 12"):
+        build(things, CONFIG.model_copy(update={"broken_pictures": 12}), tmp_path / "made")
+
+
 def test_truth_names_the_item_that_people_click_most(made):
     folder, _ = made
     truth = dict(

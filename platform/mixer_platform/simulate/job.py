@@ -72,6 +72,10 @@ def build(things: Sequence[Thing], config: SimulateConfig, destination: Path) ->
     broken = rng.choice(len(things), min(config.broken_pictures, len(things)), replace=False)
     # A new photo can only be found if the one listing that it shows has a picture.
     pictured = rng.permutation(np.setdiff1d(np.arange(len(things)), broken))
+    if not len(pictured):
+        raise InputError(
+            f"{destination}: no item has a picture to ask for; make broken_pictures less than {len(things)}"
+        )
     queries = _log_photos(len(things), config.photos_per_drawing, rng)
     val = _new_photos(pictured, config.val_photos, rng)
     item_ids = [f"item-{index:05d}" for index in range(len(things))]
