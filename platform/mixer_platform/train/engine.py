@@ -46,6 +46,8 @@ class HybridTrainer:
         )
         if config.zero_stage:
             self._make_moments()
+        elif head.weight.device.type == "cpu":  # convolutions take a third less time; not before: DeepSpeed sends bytes
+            tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._rows = RowAdam(head.weight, config.classifier_lr, config.weight_decay)
         self._held = HeldGradients(self._rows) if config.clip_classes else None
         head.optimizer = self._held or self._rows

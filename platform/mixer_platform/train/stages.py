@@ -130,9 +130,6 @@ def new_trainer(
         model.image_encoder.train_from(config.fine_tune.from_block)
         if config.fine_tune.checkpoint_activations:
             model.image_encoder.checkpoint_activations()
-        if device.type == "cpu" and not config.zero_stage:  # which lays weights out in its own way
-            # Convolutions then take a third less time.
-            model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         tower = WholeModel(model)
     elif config.start:
         tower = FrozenTower(patiently(starting_model)(storage, config.start, architecture).towers)
