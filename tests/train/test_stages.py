@@ -1,16 +1,17 @@
-"""A stage that begins while the storage is away."""
+"""What a stage begins with: a storage that may be away, and a processor that may not know bf16."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from mixer.config import ModelConfig
 from mixer_platform.config import TrainConfig
 from mixer_platform.storage import open_storage
 from mixer_platform.train.pictures import PictureSamples
-from mixer_platform.train.stages import read_samples
+from mixer_platform.train.stages import multiplies_in_bf16, read_samples
 from tests.flaky import Flaky
 
 
@@ -35,3 +36,10 @@ def test_samples_are_waited_for(
     assert pictures.labels.tolist() == samples.labels.tolist()
     assert [part.tolist() for part in split] == [rows.tolist(), held_out.tolist()]
     assert flaky.failed == 3
+
+
+def test_a_cpu_saves_time_by_bf16_if_it_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert multiplies_in_bf16(torch.device("cuda"))
+    for known in (True, False):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda known=known: known)
+        assert multiplies_in_bf16(torch.device("cpu")) is known
