@@ -4,10 +4,12 @@
 
 FOLDER as in quality.py. A model is trained on it, and every picture in it is embedded as an item, as often as it takes
 to come to --photos. Vectors for everything else are drawn from a Gaussian mixture: centres and what lies about them
-have the spectra of the real embeddings (k-means centres, and residuals), 20 vectors a centre. References: (a) two
-threads with an onnxruntime session each that read, decode and embed the same pictures; (b) one FAISS process with one
-thread that trains on as many vectors, adds and writes with the same factory string; (c) autofaiss 2.18, which needs
-older libraries and gets an environment of its own, given the same memory, searched with one thread, its settings swept.
+have the spectra of the real embeddings (k-means centres, and residuals), 20 vectors a centre. References: (a) a loop
+that reads, decodes and embeds the same pictures a batch after the other by an onnxruntime session over both cores, and
+two such loops at once, each with a session over one core, which decode while the other encodes; (b) one FAISS process
+with one thread that trains on as many vectors, adds and writes with the same factory string; (c) autofaiss 2.18, which
+needs older libraries and gets an environment of its own, given the same memory, searched with one thread, its settings
+swept.
 (b) and (c) multiply matrices with the kernels that the product gives FAISS, which may be several times faster than
 those that it takes by itself (`mixer/fast_faiss.py`). (a) and (b) are timed before and after what is compared with
 their mean, for machines drift. Prints a table and, as its last line, one JSON object.
@@ -137,8 +139,8 @@ def write_photos(data: str, folder: Path, wanted: int) -> list[tuple[str, str]]:
     return rows
 
 
-def bare_embedding(model: str, rows: list[tuple[str, str]]) -> float:
-    """Return the seconds in which two threads, each with a session of its own, embed all rows."""
+def bare_embedding(model: str, rows: list[tuple[str, str]], loops: int) -> float:
+    """Return the seconds in which so many loops, each with a session over its share of two cores, embed all rows."""
 
     def work(embedder: ItemEmbedder, mine: list[tuple[str, str]]) -> None:
         for start in range(0, len(mine), 32):
@@ -147,9 +149,9 @@ def bare_embedding(model: str, rows: list[tuple[str, str]]) -> float:
             embedder(pixels, [text for _, text in batch])
 
     began = time.perf_counter()
-    embedders = [ItemEmbedder(model) for _ in range(2)]
-    with ThreadPoolExecutor(2) as threads:
-        list(threads.map(work, embedders, [rows[::2], rows[1::2]]))
+    embedders = [ItemEmbedder(model, threads=2 // loops) for _ in range(loops)]
+    with ThreadPoolExecutor(loops) as threads:
+        list(threads.map(work, embedders, [rows[start::loops] for start in range(loops)]))
     return time.perf_counter() - began
 
 
@@ -403,14 +405,25 @@ def main() -> None:
 
 def embedding(arguments: argparse.Namespace, workspace: str, scratch: str, model: str) -> dict[str, Any]:
     rows = write_photos(arguments.data, Path(scratch) / "photos", arguments.photos)
-    bare = [alone(bare_embedding, f"{workspace}/models/{model}", rows)]
+    path = f"{workspace}/models/{model}"
+    timed = [
+        ("a bare loop", alone(bare_embedding, path, rows, 1)),
+        ("two of them", alone(bare_embedding, path, rows, 2)),
+    ]
     product, source = alone(product_embedding, f"{scratch}/photos", workspace, model)
-    bare.append(alone(bare_embedding, f"{workspace}/models/{model}", rows))
+    timed.append(("index job, 2 actors", product))
+    timed += [
+        ("two of them", alone(bare_embedding, path, rows, 2)),
+        ("a bare loop", alone(bare_embedding, path, rows, 1)),
+    ]
     print(f"\nembedding {len(rows)} items, 2 cores            seconds   items/s")
-    reference = "bare onnxruntime, 2 threads"
-    for name, seconds in ((reference, bare[0]), ("index job, 2 actors", product), (reference, bare[1])):
+    for name, seconds in timed:
         print(f"{name:45} {seconds:7.1f} {len(rows) / seconds:9.1f}")
-    return {"embed_ratio": statistics.mean(bare) / product, "source": source}
+
+    def ratio(reference: str) -> float:
+        return statistics.mean(seconds for name, seconds in timed if name == reference) / product
+
+    return {"embed_ratio": ratio("a bare loop"), "embed_ratio_two_loops": ratio("two of them"), "source": source}
 
 
 def building(workspace: str, folder: str) -> dict[str, Any]:
